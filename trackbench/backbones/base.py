@@ -1,0 +1,82 @@
+"""What every backbone offers: frames in, feature maps out, for a clip at once or frame by frame."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class FeatureStream(Protocol):
+    """Frame-by-frame encoding with the results of :meth:`Backbone.forward`."""
+
+    def push(self, frame: Tensor) -> list[Tensor]:
+        """Take the next frame (B, 3, H, W); return the feature maps (B, C, h, w) that became ready, in order."""
+
+    def flush(self) -> list[Tensor]:
+        """The video has ended: return the feature maps that were still waiting for later frames."""
+
+
+class Backbone(nn.Module):
+    """Video -> feature maps. It knows nothing of queries.
+
+    Attributes:
+        dim: channels C of the feature maps.
+        stride: input pixels per feature cell (nominal; heads work in cells and never need it).
+        context: frames on each side that a frame's features depend on; 0: frame by frame; None: the whole clip.
+        lookahead: later frames that must have arrived before a frame's features are known; None: all of them.
+    """
+
+    dim: int
+    stride: float
+    context: int | None = 0
+    lookahead: int | None = 0
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Encode a clip.
+
+        Args:
+            video: (B, T, 3, H, W) float RGB in [0, 1]. Each backbone applies its own normalisation.
+
+        Returns:
+            (B, T, C, h, w).
+        """
+        raise NotImplementedError  # abstract
+
+    def stream(self) -> FeatureStream:
+        """A new frame-by-frame encoder; equal to :meth:`forward` on the same frames."""
+        return _FrameStream(self) if self.context == 0 else _ClipStream(self)
+
+
+class _FrameStream:
+    """Backbones without temporal context: a frame's features are ready at once."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+
+    def push(self, frame: Tensor) -> list[Tensor]:
+        return [self.backbone(frame[:, None])[:, 0]]
+
+    def flush(self) -> list[Tensor]:
+        return []
+
+
+class _ClipStream:
+    """Backbones whose features need the whole clip: frames wait until the end of the video."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.frames: list[Tensor] = []
+
+    def push(self, frame: Tensor) -> list[Tensor]:
+        self.frames.append(frame)
+        return []
+
+    def flush(self) -> list[Tensor]:
+        frames, self.frames = self.frames, []
+        return list(self._encode(frames)) if frames else []
+
+    def _encode(self, frames: list[Tensor]) -> Iterator[Tensor]:
+        return iter(self.backbone(torch.stack(frames, dim=1)).unbind(dim=1))

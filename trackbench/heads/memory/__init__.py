@@ -1,0 +1,5 @@
+"""Track-On's head."""
+
+from trackbench.heads.memory.head import MemoryHead
+
+__all__ = ["MemoryHead"]

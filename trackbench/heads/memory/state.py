@@ -1,0 +1,102 @@
+"""What Track-On carries from frame to frame: plain tensors of a fixed size per point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class MemoryState:
+    """The state of a stream with N points, the support points first.
+
+    Memories are first in, first out: the newest slot is last.
+
+    Attributes:
+        query: (B, N, D), features of the points at their query frames.
+        start: (B, N) int64, the frame from which a point counts as started.
+        context: (B, N, slots, D), context memory: what the query decoder reads.
+        spatial: (B, N, slots, D), spatial memory: what the query updater reads.
+        hidden: (B, N, slots of the larger memory) bool, slots from before the point's start.
+        occluded: same shape, bool, slots of frames where the point was predicted to be occluded.
+        frame: index of the next frame.
+        num_support: support points among the N.
+    """
+
+    query: Tensor
+    start: Tensor
+    context: Tensor
+    spatial: Tensor
+    hidden: Tensor
+    occluded: Tensor
+    frame: int = 0
+    num_support: int = 0
+
+    @staticmethod
+    def empty(batch_size: int, dim: int, context_slots: int, spatial_slots: int, like: Tensor) -> MemoryState:
+        """A state without points, on the device and with the dtype of ``like``."""
+        slots = max(context_slots, spatial_slots)
+        no_slots = torch.ones(batch_size, 0, slots, dtype=torch.bool, device=like.device)
+        return MemoryState(
+            query=like.new_zeros(batch_size, 0, dim),
+            start=torch.zeros(batch_size, 0, dtype=torch.int64, device=like.device),
+            context=like.new_zeros(batch_size, 0, context_slots, dim),
+            spatial=like.new_zeros(batch_size, 0, spatial_slots, dim),
+            hidden=no_slots,
+            occluded=no_slots,
+        )
+
+    @property
+    def waiting(self) -> Tensor:
+        """(B, N) bool: points whose query frame still lies in the future."""
+        return self.start > self.frame
+
+    @property
+    def ignored_by_context(self) -> Tensor:
+        """(B, N, context slots) bool: slots from before the point's start."""
+        return self.hidden[:, :, -self.context.shape[2] :]
+
+    @property
+    def ignored_by_spatial(self) -> Tensor:
+        """(B, N, spatial slots) bool: slots from before the point's start, or where it was occluded."""
+        return (self.hidden | self.occluded)[:, :, -self.spatial.shape[2] :]
+
+    def add(self, query: Tensor, start: Tensor, *, support: bool = False) -> None:
+        """Append points with empty memories, or put support points in front."""
+        B, n, _ = query.shape
+        new = MemoryState(
+            query=query,
+            start=start,
+            context=self.context.new_zeros(B, n, *self.context.shape[2:]),
+            spatial=self.spatial.new_zeros(B, n, *self.spatial.shape[2:]),
+            hidden=self.hidden.new_ones(B, n, self.hidden.shape[2]),
+            occluded=self.occluded.new_ones(B, n, self.occluded.shape[2]),
+        )
+        first, second = (new, self) if support else (self, new)
+        for name in _PER_POINT:
+            setattr(self, name, torch.cat([getattr(first, name), getattr(second, name)], dim=1))
+        self.num_support += n if support else 0
+
+    def drop(self, keep: Tensor) -> None:
+        """Keep the support points and, of the others, those where ``keep`` (N,) is True."""
+        support = keep.new_ones(self.num_support)
+        kept = torch.cat([support, keep]).nonzero()[:, 0]
+        for name in _PER_POINT:
+            setattr(self, name, getattr(self, name).index_select(1, kept))
+
+    def remember(self, context: Tensor, spatial: Tensor, occluded: Tensor) -> None:
+        """Write the current frame's slots, (B, N, D), (B, N, D) and (B, N), and go on to the next frame."""
+        self.context = _push(self.context, context)
+        self.spatial = _push(self.spatial, spatial)
+        self.hidden = _push(self.hidden, self.waiting)
+        self.occluded = _push(self.occluded, occluded)
+        self.frame += 1
+
+
+_PER_POINT = ("query", "start", "context", "spatial", "hidden", "occluded")
+
+
+def _push(slots: Tensor, new: Tensor) -> Tensor:
+    return torch.cat([slots[:, :, 1:], new[:, :, None].to(slots.dtype)], dim=2)

@@ -1,0 +1,205 @@
+"""Multi-scale deformable attention in plain PyTorch.
+
+Deformable DETR, https://arxiv.org/abs/2010.04159, section 4.1 (equation 3), with the conventions of mmcv's
+module, which Track-On was trained with: offsets count cells of each level, one softmax runs over levels and
+points together, sampling is bilinear with zeros outside, and the module adds its own residual.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Shapes = Sequence[tuple[int, int]]
+
+
+def level_sizes(shapes: Shapes) -> list[int]:
+    """Number of cells of each level (h, w)."""
+    return [h * w for h, w in shapes]
+
+
+def _corners(locations: Tensor, weights: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
+    """The four cells around every sampling location: rows of the flattened pyramid, and their weights.
+
+    Args:
+        locations: (B, Q, H, L, P, 2), normalised (x, y).
+        weights: (B, Q, H, L, P), attention weights.
+        shapes: (h, w) of the L levels.
+
+    Returns:
+        Rows (B, Q, H, 4 * L * P) int64 within [0, S), and weights of the same shape, 0 for cells outside.
+    """
+    height, width, first = _level_geometry(tuple(shapes), locations.device)
+    x, y = locations.unbind(dim=-1)
+    left, right, left_share, right_share = _neighbours(x, width)
+    top, bottom, top_share, bottom_share = _neighbours(y, height)
+    top, bottom = top * width + first, bottom * width + first
+    top_share, bottom_share = top_share * weights, bottom_share * weights
+    rows = [top + left, top + right, bottom + left, bottom + right]
+    scales = [
+        top_share * left_share,
+        top_share * right_share,
+        bottom_share * left_share,
+        bottom_share * right_share,
+    ]
+    return torch.stack(rows, dim=3).flatten(3), torch.stack(scales, dim=3).flatten(3)
+
+
+@lru_cache(maxsize=64)
+def _level_geometry(
+    shapes: tuple[tuple[int, int], ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Height, width and first row of every level, (L, 1) int64 each; kept, since copying them would sync."""
+    # made outside of inference mode, so that later training steps may use the kept tensors too
+    with torch.inference_mode(False):
+        height, width = torch.tensor(shapes, device=device).T[..., None]
+        first = torch.tensor([0, *level_sizes(shapes)[:-1]], device=device).cumsum(0)[:, None]
+    return height, width, first
+
+
+def _neighbours(coordinate: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Along one axis: the cells before and after a normalised coordinate, and their shares (0 outside)."""
+    position = coordinate * size - 0.5
+    floor = position.detach().floor()
+    part = position - floor
+    before, last = floor.long(), size - 1
+    before_share = (1 - part) * ((before >= 0) & (before <= last))
+    after_share = part * ((before >= -1) & (before < last))
+    # clamped as integers, so that NaN (a step that a gradient scaler will skip) stays within the map
+    before, after = before.clamp(min=-1).minimum(last), (before + 1).clamp(min=0).minimum(last)
+    return before.clamp(min=0), after, before_share, after_share
+
+
+def _gather(table: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
+    """Weighted sums of rows of ``table`` (R, D): rows and scales (B, Q, H, K) -> (B, Q, H, D)."""
+    bags, weights = rows.flatten(0, 2), scales.flatten(0, 2).to(table.dtype)
+    return F.embedding_bag(bags, table, mode="sum", per_sample_weights=weights).view(*rows.shape[:3], -1)
+
+
+def deformable_sample(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of bilinear samples: the core of deformable attention.
+
+    Args:
+        value: (B, S, H, D), the cells of all levels one after the other, each level row by row, H heads.
+        shapes: (h, w) of the L levels; their areas sum to S.
+        locations: (B, Q, H, L, P, 2), normalised (x, y); (0, 0) and (1, 1) are the outer corners of a level.
+        weights: (B, Q, H, L, P), attention weights.
+
+    Returns:
+        (B, Q, H * D). Locations outside a level contribute zero.
+    """
+    B, S, H, D = value.shape
+    rows, scales = _corners(locations, weights, shapes)
+    batch = torch.arange(B, device=value.device).view(B, 1, 1, 1) * S
+    head = torch.arange(H, device=value.device).view(1, 1, H, 1)
+    return _gather(value.reshape(B * S * H, D), (batch + rows) * H + head, scales).flatten(2)
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention with its own residual: ``dropout(attention) + query``.
+
+    Args:
+        dim: channels of queries and values.
+        num_heads: attention heads; divides ``dim``.
+        num_levels: levels of the value pyramid.
+        num_points: samples per head and level.
+        dropout: on the output, before the residual.
+        value_ratio: width of the value projection relative to ``dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int = 4,
+        dropout: float = 0.1,
+        value_ratio: float = 1.0,
+    ) -> None:
+        super().__init__()
+        inner = int(dim * value_ratio)
+        if dim % num_heads or inner % num_heads:
+            raise ValueError(f"num_heads={num_heads} must divide dim={dim} and the value width {inner}")
+        self.dim, self.num_heads, self.num_levels, self.num_points = dim, num_heads, num_levels, num_points
+        self.sampling_offsets = nn.Linear(dim, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(dim, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(dim, inner)
+        self.output_proj = nn.Linear(inner, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each head starts out looking along its own ray, the p-th point p cells away, all weights equal."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angle = torch.arange(self.num_heads, dtype=torch.float32) * (2.0 * math.pi / self.num_heads)
+        ray = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        ray = ray / ray.abs().amax(dim=-1, keepdim=True)
+        distance = torch.arange(1, self.num_points + 1, dtype=torch.float32)
+        rays = ray[:, None, None] * distance[None, None, :, None]
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(rays.expand(-1, self.num_levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, query: Tensor, value: Tensor, reference: Tensor, shapes: Shapes) -> Tensor:
+        """Attend to a pyramid around one reference point per query and level.
+
+        Args:
+            query: (B, Q, C).
+            value: (B, S, C), the cells of all levels one after the other.
+            reference: (B, Q, L, 2) or (B, Q, 1, 2) for all levels alike; normalised (x, y) in [0, 1].
+            shapes: (h, w) of the L levels.
+
+        Returns:
+            (B, Q, C): dropout(output projection) + query.
+
+        Raises:
+            ValueError: the number of levels or cells is not what the module and ``shapes`` say.
+        """
+        B, Q, _ = query.shape
+        H, L = self.num_heads, self.num_levels
+        if len(shapes) != L or sum(level_sizes(shapes)) != value.shape[1]:
+            raise ValueError(f"expected {L} levels that fill {value.shape[1]} cells, got {list(shapes)}")
+        locations, weights = self._locations(query, reference, shapes)
+        if value.shape[1] >= 2 * Q * H:
+            sampled = self._sample_then_project(value, shapes, locations, weights)
+        else:
+            projected = self.value_proj(value).view(B, value.shape[1], H, -1)
+            sampled = deformable_sample(projected, shapes, locations, weights)
+        return self.dropout(self.output_proj(sampled)) + query
+
+    def _sample_then_project(
+        self, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
+    ) -> Tensor:
+        """The same result for few queries, which need only a few of the cells projected.
+
+        Projection and sampling are both linear, so they commute; the bias counts as much as lies inside.
+        """
+        B, S, C = value.shape
+        rows, scales = _corners(locations, weights, shapes)
+        batch = torch.arange(B, device=value.device).view(B, 1, 1, 1) * S
+        raw = _gather(value.reshape(B * S, C), batch + rows, scales)
+        weight = self.value_proj.weight.view(self.num_heads, -1, C)
+        bias = self.value_proj.bias.view(self.num_heads, -1)
+        projected = torch.einsum("bqhc,hdc->bqhd", raw, weight)
+        return (projected + scales.sum(dim=-1, keepdim=True) * bias).flatten(2)
+
+    def _locations(self, query: Tensor, reference: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
+        """Where each query looks (B, Q, H, L, P, 2) and how much each sample counts (B, Q, H, L, P)."""
+        B, Q, _ = query.shape
+        H, L, P = self.num_heads, self.num_levels, self.num_points
+        with torch.autocast(query.device.type, enabled=False):  # geometry keeps at least 24 bits
+            precise = query.to(self.sampling_offsets.weight.dtype)
+            offsets = self.sampling_offsets(precise).view(B, Q, H, L, P, 2)
+            weights = self.attention_weights(precise).view(B, Q, H, L * P).softmax(-1).view(B, Q, H, L, P)
+            height, width, _ = _level_geometry(tuple(shapes), offsets.device)
+            locations = reference[:, :, None, :, None] + offsets / torch.stack([width, height], dim=-1)
+        return locations, weights

@@ -1,0 +1,52 @@
+"""Callbacks: an overlay video of the first validation clip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from trackbench.data.video_io import write_video
+from trackbench.structures import Tracks, VideoBatch
+from trackbench.visualization import overlay
+
+
+class OverlayVideo(pl.Callback):
+    """Write predicted tracks over the first validation clip, to the run's folder and to W&B where it is on.
+
+    Args:
+        folder: where ``step_XXXXXXX.mp4`` goes.
+        max_points: points drawn.
+        fps: of the video.
+    """
+
+    def __init__(self, folder: str | Path, max_points: int = 32, fps: float = 8) -> None:
+        self.folder = Path(folder)
+        self.max_points = max_points
+        self.fps = fps
+
+    @rank_zero_only
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: VideoBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Draw the first clip."""
+        if batch_idx or dataloader_idx or trainer.sanity_checking:
+            return
+        few = slice(self.max_points)
+        drawn = Tracks(outputs.xy[few], outputs.visible[few], outputs.visibility[few], outputs.queries[few])
+        frames = overlay(batch.video[0].permute(0, 2, 3, 1).cpu().numpy(), drawn)
+        path = self.folder / f"step_{trainer.global_step:07d}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_video(path, frames, fps=self.fps)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_video("val/overlay", [str(path)], step=trainer.global_step, format=["mp4"])
