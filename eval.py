@@ -16,7 +16,5 @@ def main(config: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     # `model` is a list of names here, not one choice of the config group of that name
-    sys.argv[1:] = [
-        f"models={a.removeprefix('model=')}" if a.startswith("model=") else a for a in sys.argv[1:]
-    ]
+    sys.argv[1:] = [f"models={a.removeprefix('model=')}" if a.startswith("model=") else a for a in sys.argv[1:]]
     main()

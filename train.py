@@ -1,4 +1,4 @@
-"""Train a tracker: ``python train.py model=trackon_tiny trainer.max_steps=200``; ``--help`` lists the groups."""
+"""Train a tracker: ``python train.py model=trackon_tiny trainer.max_steps=200``."""
 
 import hydra
 from omegaconf import DictConfig

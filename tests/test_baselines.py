@@ -146,9 +146,7 @@ def test_wrong_input_is_named(video: np.ndarray, queries: list[list[float]], mes
         LucasKanade().track(video, np.array(queries))
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"window": 1}, {"levels": -1}, {"max_error": 0}, {"when_lost": "give up"}]
-)
+@pytest.mark.parametrize("arguments", [{"window": 1}, {"levels": -1}, {"max_error": 0}, {"when_lost": "give up"}])
 def test_wrong_settings_are_refused(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="got"):
         LucasKanade(**arguments)

@@ -105,9 +105,7 @@ def brute_force(case: dict[str, np.ndarray], query_mode: str, labelled: np.ndarr
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_plain_loops(seed, query_mode) -> None:
     case = random_case(seed)
-    labelled = np.random.default_rng(seed + 100).random(case["gt_visible"].shape) < (
-        1.0 if seed == 0 else 0.5
-    )
+    labelled = np.random.default_rng(seed + 100).random(case["gt_visible"].shape) < (1.0 if seed == 0 else 0.5)
     ours = tapvid(**case, query_mode=query_mode, labelled=labelled)
     for b, row in enumerate(brute_force(case, query_mode, labelled)):
         for metric in METRICS:
@@ -166,9 +164,9 @@ def test_refuses_what_does_not_belong_together(key, change, message) -> None:
 
 def test_refuses_an_unknown_query_mode() -> None:
     with pytest.raises(ValueError, match="query_mode must be 'first' or 'strided', got 'last'"):
-        tapvid(**random_case(0), query_mode="last")  # type: ignore[arg-type]
+        tapvid(**random_case(0), query_mode="last")
     with pytest.raises(ValueError, match="query_mode"):
-        TapVidMetric("last")  # type: ignore[arg-type]
+        TapVidMetric("last")
 
 
 def test_raster_maps_the_edges_of_the_frame() -> None:
@@ -218,9 +216,7 @@ def test_video_without_a_value_is_left_out_of_that_mean_only() -> None:
     assert means["average_pts_within_thresh"].item() == pytest.approx(
         per_video["average_pts_within_thresh"][[0, 2]].mean(), abs=1e-6
     )
-    assert means["occlusion_accuracy"].item() == pytest.approx(
-        per_video["occlusion_accuracy"].mean(), abs=1e-6
-    )
+    assert means["occlusion_accuracy"].item() == pytest.approx(per_video["occlusion_accuracy"].mean(), abs=1e-6)
     assert means["videos"] == 3
     assert means["videos_without_score"] == 1
 

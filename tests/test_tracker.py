@@ -195,7 +195,7 @@ def test_half_precision_stays_close() -> None:
 
 
 def test_unknown_names_and_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="unknown model 'nonesuch'; expected one of .*trackon_tiny"):
+    with pytest.raises(ValueError, match=r"unknown model 'nonesuch'; expected one of .*trackon_tiny"):
         trackbench.load_tracker("nonesuch")
     with pytest.raises(ValueError, match="no setting 'memory_sise'"):
         trackbench.load_tracker("trackon_tiny", memory_sise=3)

@@ -90,9 +90,7 @@ def test_inputs_stay_as_they_are() -> None:
 
 
 def test_no_points() -> None:
-    empty = Tracks(
-        torch.empty(0, T, 2), torch.empty(0, T, dtype=torch.bool), torch.empty(0, T), torch.empty(0, 3)
-    )
+    empty = Tracks(torch.empty(0, T, 2), torch.empty(0, T, dtype=torch.bool), torch.empty(0, T), torch.empty(0, 3))
     assert np.array_equal(overlay(grey(), empty), grey())
 
 

@@ -1,4 +1,4 @@
-"""``trackbench ...``: tracking a video, listing models, the demo. Training and evaluation are train.py, eval.py."""
+"""``trackbench ...``: track a video, list the models, run the demo. See train.py and eval.py for the rest."""
 
 from __future__ import annotations
 
@@ -31,18 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trackbench", description="Train, evaluate and compare point trackers."
-    )
+    parser = argparse.ArgumentParser(prog="trackbench", description="Train, evaluate and compare point trackers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     track = commands.add_parser("track", help="track points through a video file")
     track.add_argument("video", type=Path, help="video file, or folder of images")
     points = track.add_mutually_exclusive_group()
     points.add_argument("--points", nargs="+", metavar="X,Y", help="points on the frame --start, in pixels")
-    points.add_argument(
-        "--grid", type=int, metavar="N", help="an N x N grid on the frame --start (default: 12)"
-    )
+    points.add_argument("--grid", type=int, metavar="N", help="an N x N grid on the frame --start (default: 12)")
     points.add_argument(
         "--queries",
         type=Path,
@@ -52,9 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     track.add_argument("--start", type=int, default=0, help="frame of --points and --grid (default: 0)")
     track.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.mp4", help="overlay video")
     track.add_argument("--model", help="a name of `trackbench models` (default: lucas_kanade)")
-    track.add_argument(
-        "--checkpoint", type=Path, help="its weights; without --model, a checkpoint of trackbench"
-    )
+    track.add_argument("--checkpoint", type=Path, help="its weights; without --model, a checkpoint of trackbench")
     track.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps (default: cpu)")
     track.add_argument("--max-frames", type=int, metavar="T", help="only the first T frames")
     track.add_argument(
@@ -67,9 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     models.set_defaults(run=_models)
 
     demo = commands.add_parser("demo", help="train tiny trackers, compare them, write a report")
-    demo.add_argument(
-        "--output", type=Path, default=Path("outputs/demo"), help="folder (default: outputs/demo)"
-    )
+    demo.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder (default: outputs/demo)")
     demo.add_argument("--steps", type=int, help="training steps per model (default: the demo's own)")
     demo.add_argument("--fresh", action="store_true", help="train again even where a finished run is there")
     demo.set_defaults(run=_demo)
@@ -137,8 +129,9 @@ def _queries(options: argparse.Namespace, height: int, width: int) -> np.ndarray
     side = 12 if options.grid is None else options.grid
     if side < 1:
         raise ValueError(f"--grid {side}: expected at least 1 point a side")
-    x, y = np.meshgrid((np.arange(side) + 0.5) * width / side, (np.arange(side) + 0.5) * height / side)
-    return np.stack([np.full(x.size, float(options.start)), x.ravel(), y.ravel()], axis=1)
+    centres = (np.arange(side) + 0.5) / side
+    columns, rows = np.meshgrid(centres * width, centres * height)
+    return np.stack([np.full(columns.size, float(options.start)), columns.ravel(), rows.ravel()], axis=1)
 
 
 def read_queries(path: Path) -> np.ndarray:

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from trackbench.backbones.cnn import pretrained_weights_available
 from trackbench.tracker import PointTracker
-from trackbench.checkpoints import load_weights, read_checkpoint
+from trackbench.weights import load_weights, read_checkpoint
 
 TRACKER_NODES = ("tracker", "backbone", "head")
 TRUSTED_TARGETS = (
@@ -150,7 +150,7 @@ def load_checkpoint(
             f"{checkpoint} holds no trackbench config; load it by name: load_tracker(NAME, checkpoint=...)"
         )
     _check_targets(stored["config"], str(checkpoint))
-    config = OmegaConf.create(stored["config"])
+    config: DictConfig = OmegaConf.create(dict(stored["config"]))
     for key, value in overrides.items():
         OmegaConf.update(config, _full_key(config, key, str(checkpoint)), value, force_add=False)
     _choose_pretrained(config, has_checkpoint=True)
@@ -170,9 +170,7 @@ def _full_key(config: DictConfig, key: str, name: str) -> str:
         return f"{nodes[0]}.{key}"
     if nodes:
         raise ValueError(f"{key!r} is ambiguous for {name}: write one of {[f'{n}.{key}' for n in nodes]}")
-    known = sorted(
-        f"{node}.{k}" for node in TRACKER_NODES if config.get(node) is not None for k in config[node]
-    )
+    known = sorted(f"{node}.{k}" for node in TRACKER_NODES if config.get(node) is not None for k in config[node])
     raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(known)}")
 
 

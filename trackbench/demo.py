@@ -36,17 +36,10 @@ def run_demo(output: Path, *, steps: int | None = None, fresh: bool = False) -> 
             shutil.rmtree(folder)
         _train(name, folder, steps, console)
     console.rule("evaluating")
-    return evaluate_models(
-        compose_config(
-            "eval",
-            [
-                "experiment=demo_eval",
-                f"models=[{','.join(TRAINED + BASELINES)}]",
-                *(f"+checkpoints.{name}={checkpoint_of(output / 'train' / name)}" for name in TRAINED),
-                f"output_dir={output / 'eval'}",
-            ],
-        )
-    )
+    config = compose_config("eval", ["experiment=demo_eval", f"models=[{','.join(TRAINED + BASELINES)}]"])
+    config.checkpoints = {name: str(checkpoint_of(output / "train" / name)) for name in TRAINED}
+    config.output_dir = str(output / "eval")
+    return evaluate_models(config)
 
 
 def checkpoint_of(folder: Path) -> Path:
@@ -71,7 +64,8 @@ def _train(name: str, folder: Path, steps: int | None, console: Console) -> None
 
 
 def _config(name: str, folder: Path, steps: int | None) -> DictConfig:
-    overrides = [f"model={name}", "experiment=demo", f"output_dir={folder}"]
+    config = compose_config("train", [f"model={name}", "experiment=demo"])
+    config.output_dir = str(folder)
     if steps is not None:
-        overrides.append(f"trainer.max_steps={steps}")
-    return compose_config("train", overrides)
+        config.trainer.max_steps = steps
+    return config

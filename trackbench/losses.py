@@ -64,6 +64,8 @@ class TrackOnLoss(nn.Module):
         extra = output["extra"]
         if "coarse" not in extra:
             raise ValueError("the output has no correlations: run the head with gradients enabled")
+        # entries without a position are masked below, but NaN times zero is NaN
+        target = target._replace(xy=target.xy.nan_to_num())
         counted, found = self._masks(target)
         cells = _cell_of(target.xy, extra["size"])
         visible = target.visible.to(extra["visible_logit"].dtype)
@@ -75,8 +77,7 @@ class TrackOnLoss(nn.Module):
             "point_loss_local": self.point_weight * self._classification(extra["fine"], cells, found),
             "visibility_loss": self.visibility_weight
             * _masked_mean(_binary(extra["visible_logit"], visible), counted),
-            "offset_loss": self.offset_weight
-            * self._offset(extra["offsets"], target.xy - extra["centre"], found),
+            "offset_loss": self.offset_weight * self._offset(extra["offsets"], target.xy - extra["centre"], found),
             "uncertainty_loss": self.uncertainty_weight
             * _masked_mean(_binary(extra["uncertain_logit"], wrong), counted),
             "uncertainty_loss_topk": self.uncertainty_weight * _masked_mean(candidate_loss, counted),

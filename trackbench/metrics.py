@@ -8,7 +8,7 @@ and gathered; the ratios are taken at the end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-QueryMode = Literal["first", "strided"]
+from trackbench.structures import QueryMode
+
 Array = NDArray[Any] | Tensor
 Coordinates = TypeVar("Coordinates", Tensor, NDArray[Any])
 
@@ -173,9 +174,7 @@ class TapVidMetric(Metric):
         Raises:
             ValueError: as :func:`tapvid`, or if there is not one id per video.
         """
-        counts = _count(queries, gt_xy, gt_visible, pred_xy, pred_visible, self.query_mode, labelled).sum(
-            axis=1
-        )
+        counts = _count(queries, gt_xy, gt_visible, pred_xy, pred_visible, self.query_mode, labelled).sum(axis=1)
         if len(ids) != len(counts):
             raise ValueError(f"expected {len(counts)} ids, one per video, got {len(ids)}")
         self.counts.append(torch.from_numpy(counts).to(self.device))

@@ -7,10 +7,12 @@ Coordinates are raster coordinates in pixels: x in [0, W], y in [0, H], the cent
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+QueryMode = Literal["first", "strided"]  # TAP-Vid's two ways to ask: at the first visible frame, or every 5th
 
 
 @dataclass
@@ -67,8 +69,7 @@ class VideoBatch:
         n = min(sample.queries.shape[1] for sample in samples)
         has_labels = any(sample.labelled is not None for sample in samples)
         labelled = [
-            torch.ones_like(sample.visible) if sample.labelled is None else sample.labelled
-            for sample in samples
+            torch.ones_like(sample.visible) if sample.labelled is None else sample.labelled for sample in samples
         ]
         return VideoBatch(
             video=torch.cat([sample.video for sample in samples]),

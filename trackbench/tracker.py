@@ -49,9 +49,7 @@ class PointTracker(nn.Module):
             antialiasing; the aspect ratio is not kept); None: frames enter as they are.
     """
 
-    def __init__(
-        self, *, backbone: Backbone, head: Head, input_size: tuple[int, int] | list[int] | None
-    ) -> None:
+    def __init__(self, *, backbone: Backbone, head: Head, input_size: tuple[int, int] | list[int] | None) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head

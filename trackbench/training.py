@@ -18,6 +18,8 @@ from trackbench.data.datamodule import TrainAndValidate
 from trackbench.lightning.module import TrackerModule
 
 log = logging.getLogger(__name__)
+# Lightning's hint about a logger that nobody asked for
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
 
 
 def train(config: DictConfig) -> float | None:
@@ -68,6 +70,7 @@ def train(config: DictConfig) -> float | None:
     log.info("%s: %s trainable parameters, output in %s", config.name, f"{trainable:,}", output)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        trainer.save_checkpoint(output / "checkpoints" / "last.ckpt")
     finally:
         for logger in loggers:
             if isinstance(logger, WandbLogger):

@@ -171,9 +171,7 @@ def _points(tracks: Tracks, num_frames: int, name: str) -> tuple[NDArray[np.floa
 def _enlarged(frame: Frames, zoom: int) -> Frames:
     if zoom == 1:
         return frame
-    return cv2.resize(frame, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC).astype(
-        np.uint8, copy=False
-    )
+    return cv2.resize(frame, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC).astype(np.uint8, copy=False)
 
 
 def _draw_trails(
@@ -213,9 +211,7 @@ def _draw_dot(image: Frames, xy: NDArray[np.float64], radius: float, colour: Col
     """A dot or a ring, outlined so that it shows on any ground. Changes ``image``."""
     centre = _fixed(xy)
     if filled:
-        cv2.circle(
-            image, centre, _fixed_length(radius + 0.8), OUTLINE, cv2.FILLED, cv2.LINE_AA, SUBPIXEL_BITS
-        )
+        cv2.circle(image, centre, _fixed_length(radius + 0.8), OUTLINE, cv2.FILLED, cv2.LINE_AA, SUBPIXEL_BITS)
         cv2.circle(image, centre, _fixed_length(radius), colour, cv2.FILLED, cv2.LINE_AA, SUBPIXEL_BITS)
     else:
         thickness = max(1, round(0.3 * radius))

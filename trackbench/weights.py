@@ -1,4 +1,8 @@
-"""Official checkpoint files -> our parameter names, without running anything that a file brings along."""
+"""Checkpoint files -> a tracker's weights: our own and the official ones, without running what a file brings.
+
+Official files: Track-On's ``track_on_checkpoint.pt`` (github.com/gorkaydemir/track_on); Chrono's Lightning
+checkpoints (github.com/cvlab-kaist/Chrono); for DINOv2 see :func:`trackbench.backbones.vit.load_dinov2_weights`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ import pickle
 import re
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _WRAPPER = "module."
 
@@ -35,6 +41,9 @@ _TRACKON_PREFIXES = (
 )
 
 
+_SHOWN = 8
+
+
 def map_trackon_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official Track-On names -> names of a tracker with ``ViTAdapter`` and ``MemoryHead``.
 
@@ -58,65 +67,125 @@ def map_trackon_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return mapped
 
 
-def load_trackon_state_dict(path: str | PathLike[str]) -> dict[str, Tensor]:
-    """Read an official Track-On checkpoint: tensors, plain containers, ``argparse.Namespace``, no code.
+# official prefix -> ours
+_CHRONO_PREFIXES = {
+    "dino.": "backbone.trunk.vit.",
+    "adapter.": "backbone.adapters.",
+    "occ_linear.": "head.occ_linear.",
+}
+_CHRONO_UNUSED = ("dino.mask_token",)  # only DINOv2's pre-training used it
+
+
+def map_chrono_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official Chrono names -> names of a tracker with ``ChronoBackbone(DinoV2(...))`` and ``CorrelationHead``.
 
     Args:
-        path: file with a ``model`` entry, or a bare state dict.
-
-    Returns:
-        Tensors under ``backbone.*`` and ``head.*``, for ``load_state_dict`` of the tracker.
+        state: official state dict, with or without Lightning's prefix ``model.``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file would run code, is damaged, or does not hold exactly Track-On's tensors.
+        ValueError: names that Chrono does not have.
     """
-    content = _read(path)
-    state = content.get("model", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not state:
-        raise ValueError(
-            f"{path}: expected a Track-On checkpoint with a 'model' entry, got {type(content).__name__}"
-        )
-    strange = [
-        str(key) for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))
-    ]
-    if strange:
-        raise ValueError(f"{path}: these entries are not named tensors: {', '.join(strange)}")
-    try:
-        mapped = map_trackon_keys(state)
-        _require_complete(mapped)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    official = {key.removeprefix("model."): value for key, value in state.items()}
+    unknown = [key for key in official if not key.startswith(tuple(_CHRONO_PREFIXES))]
+    if unknown:
+        raise ValueError(f"{len(unknown)} names are not Chrono's: {', '.join(sorted(unknown))}")
+    mapped = {}
+    for key, value in official.items():
+        if key not in _CHRONO_UNUSED:
+            prefix = next(prefix for prefix in _CHRONO_PREFIXES if key.startswith(prefix))
+            mapped[_CHRONO_PREFIXES[prefix] + key.removeprefix(prefix)] = value
     return mapped
 
 
-def _read(path: str | PathLike[str]) -> object:
+def read_checkpoint(path: str | PathLike[str]) -> dict[str, Any]:
+    """The content of a checkpoint: tensors, plain containers and ``argparse.Namespace``, nothing else.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, needs a foreign class, or holds no mapping.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it needs {found.group(1)}, which could run code" if found else "it is not plain data"
         raise ValueError(f"{path}: refused to load this checkpoint: {what}") from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: not a readable PyTorch checkpoint ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a mapping, got {type(content).__name__}")
+    return content
 
 
-def _require_complete(mapped: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes with the published model, built without memory."""
-    from trackbench.backbones.vit_adapter import ViTAdapter
-    from trackbench.heads.memory import MemoryHead
+def tracker_state(content: Mapping[str, Any], origin: str) -> dict[str, Tensor]:
+    """The tracker's weights inside a checkpoint of any known kind, under our names (``backbone.*``, ``head.*``).
 
-    with torch.device("meta"):
-        backbone, head = ViTAdapter(), MemoryHead(in_dim=384)
-    expected = {f"backbone.{key}": value.shape for key, value in backbone.state_dict().items()}
-    expected |= {f"head.{key}": value.shape for key, value in head.state_dict().items()}
-    problems = [f"missing {key}" for key in sorted(expected.keys() - mapped.keys())]
-    problems += [f"unexpected {key}" for key in sorted(mapped.keys() - expected.keys())]
-    problems += [
-        f"{key} is {tuple(mapped[key].shape)} instead of {tuple(shape)}"
-        for key, shape in expected.items()
-        if key in mapped and mapped[key].shape != shape
+    Known are trackbench's own files, Track-On's (``model`` with ``module.`` names), Chrono's (``state_dict`` with
+    ``model.`` names), and the bare state dict of each.
+
+    Raises:
+        ValueError: none of these.
+    """
+    state = content.get("state_dict", content.get("model", content))
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"{origin}: holds no weights; expected an entry 'state_dict' or 'model'")
+    weights = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    if len(weights) < len(state):
+        strange = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+        raise ValueError(f"{origin}: these entries are not tensors: {', '.join(strange[:_SHOWN])}")
+    names = {key.removeprefix("module.").removeprefix("model.") for key in weights}
+    try:
+        if any(name.startswith("tracker.") for name in names):
+            own = ((key.removeprefix("tracker."), value) for key, value in weights.items())
+            return {key: value for key, value in own if key.startswith(("backbone.", "head."))}
+        if any(name.startswith("sm_query_updater.") for name in names):
+            return map_trackon_keys(weights)
+        if any(name.startswith(("dino.", "adapter.")) for name in names):
+            return map_chrono_keys(weights)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+    if names and all(name.startswith(("backbone.", "head.")) for name in names):
+        return weights
+    raise ValueError(
+        f"{origin}: not a checkpoint of trackbench, Track-On or Chrono; its first names are {sorted(names)[:3]}"
+    )
+
+
+def load_weights(tracker: nn.Module, path: str | PathLike[str]) -> None:
+    """Load a checkpoint into a tracker: every weight of both, or none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, or holds another architecture; missing, unexpected and misshapen
+            names are listed.
+    """
+    state = tracker_state(read_checkpoint(path), str(path))
+    expected = tracker.state_dict()
+    problems = [
+        (f"{len(names)} {kind}", names)
+        for kind, names in (
+            ("missing", sorted(expected.keys() - state.keys())),
+            ("unexpected", sorted(state.keys() - expected.keys())),
+            (
+                "of another shape",
+                [
+                    f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+                    for key, value in expected.items()
+                    if key in state and state[key].shape != value.shape
+                ],
+            ),
+        )
+        if names
     ]
     if problems:
-        raise ValueError("not the published Track-On: " + "; ".join(problems))
+        details = "; ".join(f"{title}: {_listing(names)}" for title, names in problems)
+        raise ValueError(f"{path} holds another architecture: {details}")
+    tracker.load_state_dict(state)
+
+
+def _listing(names: list[str]) -> str:
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

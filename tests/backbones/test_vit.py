@@ -136,8 +136,7 @@ def test_official_file(tmp_path: Path) -> None:
     torch.save(official, path)
     loaded = tiny(weights=path)
     assert all(
-        torch.equal(loaded.vit.state_dict()[key], source.vit.state_dict()[key])
-        for key in loaded.vit.state_dict()
+        torch.equal(loaded.vit.state_dict()[key], source.vit.state_dict()[key]) for key in loaded.vit.state_dict()
     )
 
 

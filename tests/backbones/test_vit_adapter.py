@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from trackbench.backbones.vit_adapter import ViTAdapter
+from trackbench.backbones.vit_adapter import Grid, ViTAdapter
 
 
 def tiny(**options: Any) -> ViTAdapter:
@@ -77,12 +77,13 @@ def test_checkpointing_changes_no_gradient() -> None:
 
 def test_the_adapter_starts_without_touching_the_vit() -> None:
     backbone = tiny().eval()
-    patches = torch.randn(1, 16, 24)
     injector = backbone.interactions[0].injector
-    assert not injector.gamma.any()
-    assert not injector.attn.sampling_offsets.weight.any()
-    assert injector.attn.sampling_offsets.bias.abs().max() == 4  # the fourth point is four cells away
-    assert patches.isfinite().all()
+    patches, pyramid = torch.randn(1, 16, 24), torch.randn(1, 84, 24)
+    patch_grid = Grid.of([(4, 4)], patches.device)
+    pyramid_grid = Grid.of([(8, 8), (4, 4), (2, 2)], patches.device)
+    torch.testing.assert_close(injector(patches, patch_grid, pyramid, pyramid_grid), patches)
+    torch.nn.init.ones_(injector.gamma)
+    assert not torch.allclose(injector(patches, patch_grid, pyramid, pyramid_grid), patches)
 
 
 def test_sizes_that_do_not_work_are_refused() -> None:

@@ -103,8 +103,7 @@ def test_start_is_asked_for_whenever_an_iteration_starts() -> None:
 
 def test_workers_change_nothing() -> None:
     alone, together = (
-        list(islice(endless_loader(Numbered(9), 2, num_workers=n, seed=3, transform=jitter), 8))
-        for n in (0, 2)
+        list(islice(endless_loader(Numbered(9), 2, num_workers=n, seed=3, transform=jitter), 8)) for n in (0, 2)
     )
     for a, b in zip(alone, together, strict=True):
         assert a.names == b.names
@@ -188,9 +187,7 @@ class NumberedData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[VideoBatch]:
         rank, world_size = ranks(self.trainer)
         start = partial(next_batch, self.trainer)
-        return endless_loader(
-            Numbered(7), 2, self.workers, start_batch=start, rank=rank, world_size=world_size
-        )
+        return endless_loader(Numbered(7), 2, self.workers, start_batch=start, rank=rank, world_size=world_size)
 
 
 def train(folder: Path, steps: int, workers: int = 0, resume: Path | None = None, **overrides) -> list[str]:

@@ -39,15 +39,12 @@ def test_labels_decide_where_a_query_may_lie(seed) -> None:
     xy = rng.random((8, 23, 2))
     visible, labelled = rng.random((8, 23)) < 0.4, rng.random((8, 23)) < 0.3
     expected = [
-        next(((t, *xy[n, t], n) for t in range(23) if visible[n, t] and labelled[n, t]), None)
-        for n in range(8)
+        next(((t, *xy[n, t], n) for t in range(23) if visible[n, t] and labelled[n, t]), None) for n in range(8)
     ]
     queries, tracks = sample_queries(xy, visible, "first", labelled=labelled)
     np.testing.assert_array_equal(np.column_stack([queries, tracks]), [row for row in expected if row])
 
-    expected = [
-        (t, *xy[n, t], n) for t in range(0, 23, 5) for n in range(8) if visible[n, t] and labelled[n, t]
-    ]
+    expected = [(t, *xy[n, t], n) for t in range(0, 23, 5) for n in range(8) if visible[n, t] and labelled[n, t]]
     queries, tracks = sample_queries(xy, visible, "strided", labelled=labelled)
     np.testing.assert_array_equal(np.column_stack([queries, tracks]), np.reshape(expected, (-1, 4)))
 
@@ -55,7 +52,7 @@ def test_labels_decide_where_a_query_may_lie(seed) -> None:
 def test_refuses_what_it_cannot_sample() -> None:
     xy, visible = np.zeros((3, 4, 2)), np.ones((3, 4), bool)
     with pytest.raises(ValueError, match="mode must be 'first' or 'strided', got 'all'"):
-        sample_queries(xy, visible, "all")  # type: ignore[arg-type]
+        sample_queries(xy, visible, "all")
     with pytest.raises(ValueError, match="stride must be at least 1, got 0"):
         sample_queries(xy, visible, "strided", stride=0)
     with pytest.raises(ValueError, match=r"visible must be bool \(3, 4\)"):

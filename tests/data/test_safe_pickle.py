@@ -84,9 +84,7 @@ def test_equals_pickle_load_on_benchmark_files(data_fixtures, lazy) -> None:
 
 def test_lazy_leaves_large_payloads_in_the_file(tmp_path) -> None:
     file = tmp_path / "large.pkl"
-    file.write_bytes(
-        pickle.dumps({"video": np.ones((64, 64), np.uint8), "jpeg": [bytes(LAZY_BYTES)], "n": b"x"})
-    )
+    file.write_bytes(pickle.dumps({"video": np.ones((64, 64), np.uint8), "jpeg": [bytes(LAZY_BYTES)], "n": b"x"}))
     content = load_pickle(file, lazy=True)
     assert isinstance(content["video"], PickledArray)
     assert content["video"].shape == (64, 64)

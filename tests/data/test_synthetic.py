@@ -95,9 +95,7 @@ def painted_ids(scene: Scene, frame: int) -> np.ndarray:
         for share in (1.0, outline.hole) if outline.hole else (1.0,):
             edge = share * radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=-1)
             xy = layer.to_frame(edge + outline.centre, np.array(frame))
-            rings.append(
-                np.round((xy - 0.5) * 16).astype(np.int32)
-            )  # pixel centres at integers, 4 binary places
+            rings.append(np.round((xy - 0.5) * 16).astype(np.int32))  # pixel centres at integers, 4 binary places
         cv2.fillPoly(ids, rings, index, shift=4)
     return ids
 
@@ -208,9 +206,7 @@ def test_outlines_stay_inside_their_texture() -> None:
         outline = random_outline(rng, radius := rng.uniform(6, 60))
         assert outline.radius.max() == pytest.approx(radius)
         side = round(2 * outline.centre[0])
-        border = np.concatenate(
-            [np.stack([np.linspace(0, side, 200), np.full(200, k)], -1) for k in (0.0, side)]
-        )
+        border = np.concatenate([np.stack([np.linspace(0, side, 200), np.full(200, k)], -1) for k in (0.0, side)])
         assert outline.alpha(border).max() == 0
         assert outline.alpha(border[:, ::-1]).max() == 0
 

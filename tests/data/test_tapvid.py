@@ -215,7 +215,7 @@ def test_names_what_is_wrong_with_a_file(tmp_path, content, message) -> None:
 
 def test_refuses_wrong_arguments_and_absent_files(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"dataset must be one of davis, .* got 'moving_mnist'"):
-        TapVidDataset("moving_mnist", tmp_path)  # type: ignore[arg-type]
+        TapVidDataset("moving_mnist", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no file tapvid_davis\.pkl"):
         TapVidDataset("davis", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"absent: no such file or folder"):
@@ -360,9 +360,7 @@ def test_datamodule_serves_the_trainer(data_fixtures, tmp_path) -> None:
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
-    davis = TapVidDataModule(
-        "davis", data_fixtures / "tapvid/tapvid_davis", resolution=[64, 64], num_workers=1
-    )
+    davis = TapVidDataModule("davis", data_fixtures / "tapvid/tapvid_davis", resolution=[64, 64], num_workers=1)
     names = ["blackswan-synth", "breakdance-synth", "goat-synth"]
     module = CollectNames()
     trainer.validate(module, datamodule=davis, verbose=False)

@@ -66,7 +66,8 @@ def test_reads_every_format(realdata, name) -> None:
     assert expected.shape == video.shape
     if name in OTHER_COLOURS_IN_OPENCV:
         for frame, other in zip(video, expected, strict=True):
-            assert np.corrcoef(frame.ravel(), other.ravel())[0, 1] > 0.97
+            grey, other_grey = (cv2.cvtColor(np.array(image), cv2.COLOR_RGB2GRAY) for image in (frame, other))
+            assert np.corrcoef(grey.ravel(), other_grey.ravel())[0, 1] > 0.95
     else:
         np.testing.assert_array_equal(video, expected)
 
@@ -114,9 +115,7 @@ def test_images_of_a_folder_become_rgb(tmp_path) -> None:
     grey = moving_gradient(1)[0, ..., 0]
     Image.fromarray(grey).save(tmp_path / "1.png")
     Image.fromarray(np.dstack([grey, grey, grey, np.full_like(grey, 7)])).save(tmp_path / "2.PNG")
-    np.testing.assert_array_equal(
-        read_video(tmp_path), np.repeat(grey[None, ..., None], 3, axis=-1).repeat(2, 0)
-    )
+    np.testing.assert_array_equal(read_video(tmp_path), np.repeat(grey[None, ..., None], 3, axis=-1).repeat(2, 0))
 
 
 def test_names_what_is_wrong_with_a_folder(tmp_path) -> None:

@@ -151,7 +151,7 @@ def test_values_that_are_missing_become_dashes(tmp_path: Path) -> None:
     speed = [cost("m", peak_memory_mib=None, peak_total_mib=None, gflops_per_frame=None)]
     page = Page(write_report(tmp_path / "report.html", rows, speed=speed))
     assert "nan" not in page.source.split("<script>")[0].split("base64")[0]
-    assert "–" in page.cells  # noqa: RUF001
+    assert "\N{EN DASH}" in page.cells
 
 
 def test_clips_are_small_videos(tmp_path: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from trackbench.evaluation.logging import log_results, result_scalars
 from trackbench.evaluation.runner import Row
 from trackbench.metrics import METRICS
-
-BLOCK = 32768
 
 
 def rows() -> list[Row]:
@@ -85,29 +82,21 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert b"| davis (first) | m | 50.0 |" in text.tensor_proto.string_val[0]
 
 
-def offline_records(path: Path) -> Iterator[Any]:
-    """The records of a ``.wandb`` file: LevelDB's log format after a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    at, whole = 7, b""
-    while at + 7 <= len(data):
-        left = BLOCK - at % BLOCK
-        if left < 7:  # a block ends with zeros where no header fits
-            at += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a full record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            whole = b""
-            yield record
+def test_speed_alone(tmp_path: Path) -> None:
+    loggers = [
+        CSVLogger(tmp_path, name="csv", version=""),
+        TensorBoardLogger(tmp_path, name="tb", version=""),
+    ]
+    log_results(loggers, [], speed())
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        (kept,) = csv.DictReader(file)
+    assert float(kept["speed/m/1_points/latency_ms"]) == 2
+    assert len(kept) == 4 * 4 + 1  # four rows of four numbers, and the step
 
 
-def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline_records: Callable[[Path], Iterator[Any]]
+) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -116,6 +105,7 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logger = WandbLogger(project="test", save_dir=tmp_path, offline=True)
     log_results([logger], rows(), speed())
     wandb.finish()
+    wandb.teardown()  # waits for the service, which closes the file shortly after finish() returns
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     history: dict[str, Any] = {}
     summary: dict[str, Any] = {}

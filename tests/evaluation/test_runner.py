@@ -36,9 +36,7 @@ def test_errors_are_measured_on_the_256_raster() -> None:
     class Shifted(Oracle):
         def track(self, *args: Any, **kwargs: Any) -> Tracks:
             tracks = super().track(*args, **kwargs)
-            return Tracks(
-                tracks.xy + torch.tensor([3.01, 0.0]), tracks.visible, tracks.visibility, tracks.queries
-            )
+            return Tracks(tracks.xy + torch.tensor([3.01, 0.0]), tracks.visible, tracks.visibility, tracks.queries)
 
     row = evaluate(Shifted(BATCHES), Videos(BATCHES[:1]), **NAMES)[0]
     assert row["pts_within_8"] == 0
@@ -125,7 +123,7 @@ def test_the_same_run_twice_gives_the_same_scores() -> None:
 
 def test_unknown_query_mode() -> None:
     with pytest.raises(ValueError, match="'first' or 'strided', got 'last'"):
-        evaluate(Static(), Videos(BATCHES), "last", **NAMES)  # type: ignore[arg-type]
+        evaluate(Static(), Videos(BATCHES), "last", **NAMES)
 
 
 def test_average_leaves_out_videos_without_a_value() -> None:

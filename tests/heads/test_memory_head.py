@@ -178,9 +178,7 @@ def test_a_stream_without_points_goes_on() -> None:
 @torch.no_grad()
 def test_query_times_are_cut_to_whole_frames_and_checked() -> None:
     head, features = tiny(), clip(1, 3)
-    torch.testing.assert_close(
-        head(features, points((1.9, 3, 3)))["xy"], head(features, points((1, 3, 3)))["xy"]
-    )
+    torch.testing.assert_close(head(features, points((1.9, 3, 3)))["xy"], head(features, points((1, 3, 3)))["xy"])
     with pytest.raises(ValueError, match=r"query frames must lie in \[0, 2\]"):
         head(features, points((3, 3, 3)))
 
@@ -206,9 +204,7 @@ def test_query_features_equal_those_of_the_projected_map() -> None:
     position = F.interpolate(head.frame_pos_embedding, size=(6, 8), mode="bilinear")
     projected = head.token_projection(features) + position
     grid = (2 * xy / torch.tensor([8.0, 6.0]) - 1)[:, :, None]
-    expected = F.grid_sample(projected, grid, padding_mode="border", align_corners=False)[..., 0].transpose(
-        1, 2
-    )
+    expected = F.grid_sample(projected, grid, padding_mode="border", align_corners=False)[..., 0].transpose(1, 2)
     torch.testing.assert_close(head.sample(features, xy), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -323,6 +319,16 @@ def test_unlabelled_entries_and_frames_up_to_the_query_do_not_count() -> None:
     torch.testing.assert_close(every, F.softplus(torch.tensor(1.0)) / 2)
     unlabelled = target._replace(labelled=torch.tensor([[[True, False]]]))
     assert float(TrackOnLoss()(output, unlabelled)["visibility_loss"]) == 0
+
+
+def test_targets_without_a_position_do_not_spoil_the_loss() -> None:
+    output, target = hand_made((5, 6))
+    xy = target.xy.clone()
+    xy[:, :, 1] = float("nan")
+    hidden = target._replace(xy=xy, visible=torch.zeros_like(target.visible))
+    terms = TrackOnLoss()(output, hidden)
+    assert all(term.isfinite() for term in terms.values())
+    assert float(terms["offset_loss"]) == 0
 
 
 @torch.no_grad()

@@ -107,9 +107,7 @@ def test_few_and_many_queries_are_treated_alike() -> None:
     query, value = torch.randn(2, CELLS, 8), torch.randn(2, CELLS, 8)
     reference = torch.rand(2, CELLS, 1, 2)
     together = module(query, value, reference, SHAPES)
-    alone = torch.cat(
-        [module(query[:, i : i + 1], value, reference[:, i : i + 1], SHAPES) for i in range(5)], 1
-    )
+    alone = torch.cat([module(query[:, i : i + 1], value, reference[:, i : i + 1], SHAPES) for i in range(5)], 1)
     torch.testing.assert_close(together[:, :5], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -117,9 +115,7 @@ def test_value_ratio_narrows_the_values() -> None:
     module = DeformableAttention(8, 2, 3, value_ratio=0.5)
     assert module.value_proj.weight.shape == (4, 8)
     for queries in (1, CELLS):
-        out = module(
-            torch.randn(1, queries, 8), torch.randn(1, CELLS, 8), torch.rand(1, queries, 3, 2), SHAPES
-        )
+        out = module(torch.randn(1, queries, 8), torch.randn(1, CELLS, 8), torch.rand(1, queries, 3, 2), SHAPES)
         assert out.shape == (1, queries, 8)
 
 

@@ -20,7 +20,7 @@ from trackbench.backbones.vit import DinoV2
 from trackbench.heads.base import HeadOutput, Target
 from trackbench.heads.correlation import CorrelationHead, sample_trilinear
 from trackbench.layers.temporal import LocalAttention, TemporalAdapter
-from trackbench.weights_chrono import convert_chrono_state_dict
+from trackbench.weights import map_chrono_keys
 
 RASTER = 256
 
@@ -62,7 +62,7 @@ def make_model(chrono_fixtures: Path, manifest: dict[str, Any]) -> Any:
             if key in sums:
                 assert sums[key] == pytest.approx(expected, rel=1e-9), key
         model = Chrono(size, token_grid)
-        model.load_state_dict(convert_chrono_state_dict(official))
+        model.load_state_dict(map_chrono_keys(official))
         return model.eval()
 
     return make

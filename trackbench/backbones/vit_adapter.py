@@ -70,9 +70,7 @@ class _DepthwiseConv(nn.Module):
 
     def forward(self, tokens: Tensor, shapes: Shapes) -> Tensor:
         levels = tokens.split(level_sizes(shapes), dim=1)
-        maps = (
-            level.transpose(1, 2).unflatten(2, shape) for level, shape in zip(levels, shapes, strict=True)
-        )
+        maps = (level.transpose(1, 2).unflatten(2, shape) for level, shape in zip(levels, shapes, strict=True))
         return torch.cat([self.dwconv(x).flatten(2).transpose(1, 2) for x in maps], dim=1)
 
 
@@ -266,9 +264,7 @@ class ViTAdapter(Backbone):
         self.up = nn.ConvTranspose2d(embed_dim, embed_dim, kernel_size=2, stride=2)
         self.norm1 = nn.BatchNorm2d(embed_dim)
         # published checkpoints hold the norms of the coarser maps, which a stride-4 tracker does not compute
-        self.norm2, self.norm3, self.norm4 = (
-            nn.BatchNorm2d(embed_dim).requires_grad_(False) for _ in range(3)
-        )
+        self.norm2, self.norm3, self.norm4 = (nn.BatchNorm2d(embed_dim).requires_grad_(False) for _ in range(3))
         _init_weights(self)
         self.vit = VisionTransformer(
             embed_dim, depth, num_heads, patch_size=patch_size, image_size=image_size, pos_embed_mode="size"
@@ -296,9 +292,7 @@ class ViTAdapter(Backbone):
         patch = vit.patch_size
         h, w = images.shape[-2] // patch, images.shape[-1] // patch
         if min(h, w) == 0:
-            raise ValueError(
-                f"frames must be at least {patch} x {patch} pixels, got {tuple(images.shape[-2:])}"
-            )
+            raise ValueError(f"frames must be at least {patch} x {patch} pixels, got {tuple(images.shape[-2:])}")
         finest, *coarser = self.spm(images)
         shapes = [(int(c.shape[2]), int(c.shape[3])) for c in coarser]
         levels = zip(coarser, self.level_embed, strict=True)

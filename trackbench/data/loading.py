@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning import Trainer
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from trackbench.structures import VideoBatch
 
@@ -158,6 +158,20 @@ def endless_loader(
     )
 
 
+class OwnShare(DistributedSampler[VideoBatch]):
+    """Every ``world_size``-th sample, none twice. Lightning leaves a ``DistributedSampler`` as it is."""
+
+    def __init__(self, length: int, rank: int, world_size: int) -> None:
+        super().__init__(range(length), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.share = range(rank, length, world_size)
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]
+        return iter(self.share)
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+
 def evaluation_loader(
     dataset: Dataset[VideoBatch],
     batch_size: int = 1,
@@ -180,8 +194,9 @@ def evaluation_loader(
     if length is None:
         raise ValueError("cannot validate on an endless dataset: give it a length")
     return DataLoader(
-        Subset(dataset, range(rank, length, world_size)),
+        dataset,
         batch_size=batch_size,
+        sampler=OwnShare(length, rank, world_size),
         generator=torch.Generator().manual_seed(0),
         **_loader_settings(num_workers),
     )

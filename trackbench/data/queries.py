@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-QueryMode = Literal["first", "strided"]
+from trackbench.structures import QueryMode
 
 
 def sample_queries(

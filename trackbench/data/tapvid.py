@@ -24,9 +24,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from trackbench.data.loading import evaluation_loader, ranks
-from trackbench.data.queries import QueryMode, sample_queries
+from trackbench.data.queries import sample_queries
 from trackbench.data.safe_pickle import PickledArray, PickledBytes, load_pickle
-from trackbench.structures import VideoBatch
+from trackbench.structures import QueryMode, VideoBatch
 
 Resolution = tuple[int, int]
 TapVidName = Literal["davis", "rgb_stacking", "kinetics", "robotap"]

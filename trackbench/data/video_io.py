@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
@@ -61,7 +62,7 @@ class VideoReader:
     width: int
     fps: float | None
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
         self._length: int | None = None
         self._images: list[Path] = []
@@ -97,7 +98,7 @@ class VideoReader:
         return _decode(self.path)
 
 
-def read_video(path: str | Path, max_frames: int | None = None) -> NDArray[np.uint8]:
+def read_video(path: str | PathLike[str], max_frames: int | None = None) -> NDArray[np.uint8]:
     """Read a video file or a folder of images; see :class:`VideoReader`.
 
     Args:
@@ -116,7 +117,7 @@ def read_video(path: str | Path, max_frames: int | None = None) -> NDArray[np.ui
     return np.stack(list(itertools.islice(VideoReader(path), max_frames)))
 
 
-def write_video(path: str | Path, frames: Iterable[Frame], fps: float) -> None:
+def write_video(path: str | PathLike[str], frames: Iterable[Frame], fps: float) -> None:
     """Write an H.264 ``.mp4`` that browsers play (yuv420p, BT.709, index at the front).
 
     That format needs even sides: an odd one grows by a copy of its last row or column. The file appears at

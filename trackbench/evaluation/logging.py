@@ -54,10 +54,10 @@ def _log_to_wandb(run: Any, rows: Sequence[Row], speed_rows: Sequence[Row]) -> N
     import wandb
 
     summaries = summarise(rows)
-    content: dict[str, Any] = {
-        "results/videos": _wandb_table(rows),
-        "results/summary": _wandb_table(summaries),
-    }
+    content: dict[str, Any] = {}
+    if rows:
+        content["results/videos"] = _wandb_table(rows)
+        content["results/summary"] = _wandb_table(summaries)
     if speed_rows:
         content["speed/table"] = _wandb_table(speed_rows)
         curves = [(str(key[0]), group) for key, group in iterate_groups(speed_rows, "model")]
@@ -98,5 +98,6 @@ def _log_to_tensorboard(writer: Any, rows: Sequence[Row], speed_rows: Sequence[R
         for name in SPEED_SCALARS:
             if row[name] is not None:
                 writer.add_scalar(f"speed/{name}/{row['model']}", row[name], global_step=row["num_points"])
-    writer.add_text("results", markdown_table(headline_rows(summarise(rows), speed_rows)))
+    if rows:
+        writer.add_text("results", markdown_table(headline_rows(summarise(rows), speed_rows)))
     writer.flush()

@@ -25,16 +25,18 @@ from trackbench.evaluation.results import (
     fingerprint,
     headline_rows,
     markdown_table,
+    per_video_rows,
     rich_table,
     write_atomically,
 )
-from trackbench.evaluation.runner import Benchmark, EvaluationError, evaluate
+from trackbench.evaluation.runner import Benchmark, EvaluationError, evaluate, iterate_groups
 from trackbench.evaluation.speed import measure_speed
 from trackbench.structures import Tracks, VideoBatch
 from trackbench.visualization import ground_truth, overlay
 
 log = logging.getLogger(__name__)
 TASKS = ("accuracy", "speed", "both")
+COST_COLUMNS = ("frames/s", "ms @ points", "peak MiB", "params M")
 
 
 @dataclass
@@ -194,19 +196,35 @@ def _publish(
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
     store.write_summary(environment=environment, config=plain, speed=speed)
     if summaries:
-        headline = headline_rows(summaries, speed)
-        console.print(rich_table(headline, title="TAP-Vid metrics in percent, mean over videos"))
-        write_atomically(output / "results" / "table.md", markdown_table(headline))
+        write_atomically(output / "results" / "table.md", markdown_table(headline_rows(summaries, speed)))
+    for (benchmark, mode), group in iterate_groups(summaries, "benchmark", "query_mode"):
+        videos = [row for row in rows if (row["benchmark"], row["query_mode"]) == (benchmark, mode)]
+        if config.per_video:
+            console.print(rich_table(per_video_rows(videos), title=f"{benchmark} ({mode}): AJ per video, percent"))
+        title = (
+            f"{benchmark} ({mode}), {group[0]['num_videos']} videos: TAP-Vid metrics in percent, mean over videos"
+        )
+        columns = ("model", "AJ", "delta_avg", "OA", *COST_COLUMNS)
+        lines = [{name: line[name] for name in columns if name in line} for line in headline_rows(group, speed)]
+        console.print(rich_table(lines, title=title))
     if speed:
-        console.print(rich_table(speed_table(speed), title=f"Speed on {environment['cpu'] or config.device}"))
         write_atomically(output / "results" / "speed.md", markdown_table(speed_table(speed)))
+        if config.task == "speed":
+            title = f"speed on {environment['gpu'] or environment['cpu'] or config.device}"
+            console.print(rich_table(speed_table(speed), title=title))
     if config.report and rows:
         path = write_report(
-            output / "report.html", rows, speed=speed, environment=environment, config=plain, clips=clips
+            output / "report.html",
+            rows,
+            speed=speed,
+            environment=environment,
+            config=plain,
+            clips=clips,
+            reference=models[0].name if any(row["model"] == models[0].name for row in rows) else None,
         )
         console.print(f"report: {path}", highlight=False, soft_wrap=True)
     loggers = [instantiate(node) for node in config.logger.values() if node is not None]
-    log_results(loggers, summaries, speed)
+    log_results(loggers, rows, speed)
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()

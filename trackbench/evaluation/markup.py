@@ -28,9 +28,7 @@ def table(headers: Sequence[str], body: Sequence[str], *, text_columns: int) -> 
 def cell(content: str, value: float | None = None, *, is_text: bool = False, best: bool = False) -> str:
     """A cell whose ``content`` is HTML already; ``value`` is what it is sorted by."""
     classes = " ".join(name for name, wanted in (("text", is_text), ("best", best)) if wanted)
-    attributes = (f' class="{classes}"' if classes else "") + (
-        "" if value is None else f' data-value="{value:g}"'
-    )
+    attributes = (f' class="{classes}"' if classes else "") + ("" if value is None else f' data-value="{value:g}"')
     return f"<td{attributes}>{content}</td>"
 
 

@@ -102,9 +102,7 @@ def threshold_curves(means: Mapping[str, Row], colours: Mapping[str, str]) -> st
     return _svg(figure)
 
 
-def speed_against_accuracy(
-    means: Mapping[str, Row], speed: Mapping[str, Row], colours: Mapping[str, str]
-) -> str:
+def speed_against_accuracy(means: Mapping[str, Row], speed: Mapping[str, Row], colours: Mapping[str, str]) -> str:
     """AJ against frames per second; the area of a dot grows with the parameters.
 
     Args:
@@ -152,9 +150,7 @@ def latency_curves(speed: Mapping[str, Sequence[Row]], colours: Mapping[str, str
         counts = sorted({row["num_points"] for rows in speed.values() for row in rows})
         axes.xaxis.set_major_locator(FixedLocator(counts))
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        times = [
-            row[key] for rows in speed.values() for row in rows for key in ("latency_ms", "latency_p95_ms")
-        ]
+        times = [row[key] for rows in speed.values() for row in rows for key in ("latency_ms", "latency_p95_ms")]
         _plain_log_ticks(axes.yaxis, times)
         axes.set_xlabel("points")
         axes.set_ylabel("milliseconds per frame")

@@ -26,8 +26,7 @@ from trackbench.evaluation.statistics import Interval, bootstrap_mean, paired_di
 
 # nothing is loaded from anywhere, whatever a name in the results holds
 POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-    "img-src data:; media-src data:"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; media-src data:"
 )
 CLIP_SIDE = 320
 CLIP_FRAMES = 96
@@ -170,9 +169,7 @@ def _headline_table(
     body = []
     for model, known in intervals.items():
         cells = [
-            cell(
-                f'<span class="swatch" style="background:{colours[model]}"></span>{text(model)}', is_text=True
-            )
+            cell(f'<span class="swatch" style="background:{colours[model]}"></span>{text(model)}', is_text=True)
         ]
         for metric in HEADLINE:
             if metric not in known:
@@ -180,9 +177,7 @@ def _headline_table(
                 continue
             interval = known[metric]
             value = f'{100 * interval.mean:.1f}<span class="interval">{shown_range(interval)}</span>'
-            cells.append(
-                cell(value, interval.mean, best=len(intervals) > 1 and interval.mean == best[metric])
-            )
+            cells.append(cell(value, interval.mean, best=len(intervals) > 1 and interval.mean == best[metric]))
         cells.append(cell(str(means[model]["num_videos"]), means[model]["num_videos"]))
         cells += _cost_cells(means[model], costs.get(model))
         body.append(f"<tr>{''.join(cells)}</tr>")
@@ -344,8 +339,7 @@ def _intervals(rows: Sequence[Row]) -> dict[str, Interval]:
 def _difference(reference: Sequence[Row], model: Sequence[Row], metric: str) -> Interval | None:
     """Over the videos where both have a value; None without any."""
     one, two = (
-        {row["video"]: row[metric] for row in rows if math.isfinite(row[metric])}
-        for rows in (reference, model)
+        {row["video"]: row[metric] for row in rows if math.isfinite(row[metric])} for rows in (reference, model)
     )
     shared = one.keys() & two.keys()
     if not shared:
@@ -356,8 +350,7 @@ def _difference(reference: Sequence[Row], model: Sequence[Row], metric: str) -> 
 def _largest(speed: Sequence[Row]) -> dict[str, Row]:
     """Model -> its speed row with the most points."""
     return {
-        str(key[0]): max(group, key=lambda row: row["num_points"])
-        for key, group in iterate_groups(speed, "model")
+        str(key[0]): max(group, key=lambda row: row["num_points"]) for key, group in iterate_groups(speed, "model")
     }
 
 
@@ -375,9 +368,7 @@ def _video_uri(frames: NDArray[np.uint8], fps: float) -> str:
     H, W = frames.shape[1:3]
     scale = min(1.0, CLIP_SIDE / max(H, W))
     size = (2 * max(1, round(W * scale / 2)), 2 * max(1, round(H * scale / 2)))
-    small = (
-        np.asarray(cv2.resize(f, size, interpolation=cv2.INTER_AREA), np.uint8) for f in frames[:CLIP_FRAMES]
-    )
+    small = (np.asarray(cv2.resize(f, size, interpolation=cv2.INTER_AREA), np.uint8) for f in frames[:CLIP_FRAMES])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
         write_video(file, small, fps=fps)

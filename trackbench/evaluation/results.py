@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.table import Table
@@ -193,30 +193,39 @@ def headline_rows(summaries: Sequence[Row], speed: Sequence[Row] = ()) -> list[R
     table = []
     for row in summaries:
         cost = costs.get(row["model"], {})
-        latency = f"{cost['latency_ms']:.1f} @{cost['num_points']}" if cost else "-"
+        latency = f"{cost['latency_ms']:.1f} @ {cost['num_points']}" if cost else "-"
         table.append(
             {
                 "benchmark": f"{row['benchmark']} ({row['query_mode']})",
                 "model": row["model"],
                 **{name: f"{100 * row[key]:.1f}" for key, name in HEADLINE.items() if key in row},
                 "videos": str(row["num_videos"]),
-                "fps": f"{cost.get('fps', row['fps']):.1f}",
-                "latency ms @points": latency,
-                "peak MiB": f"{cost['peak_memory_mib']:.0f}"
-                if cost.get("peak_memory_mib") is not None
-                else "-",
+                "frames/s": f"{cost.get('fps', row['fps']):.1f}",
+                "ms @ points": latency,
+                "peak MiB": f"{cost['peak_memory_mib']:.0f}" if cost.get("peak_memory_mib") is not None else "-",
                 "params M": f"{cost['parameters'] / 1e6:.2f}" if cost else "-",
             }
         )
     return table
 
 
+def per_video_rows(rows: Sequence[Row], metric: str = "average_jaccard") -> list[Row]:
+    """Videos against models, one metric in percent, as text."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    table: dict[str, Row] = {}
+    for row in rows:
+        line = table.setdefault(row["video"], {"video": row["video"], **dict.fromkeys(models, "-")})
+        line[row["model"]] = f"{100 * row[metric]:.1f}"
+    return list(table.values())
+
+
 def rich_table(rows: Sequence[Row], title: str = "") -> Table:
     """Rows as a table for the terminal; text is on the left, numbers are on the right."""
-    table = Table(title=Text(title) if title else None)
+    table = Table(title=Text(title) if title else None, pad_edge=False)
     columns = _columns(rows)
     for name in columns:
-        table.add_column(Text(name), justify="right" if _is_numeric(rows, name) else "left")
+        justify: Literal["right", "left"] = "right" if _is_numeric(rows, name) else "left"
+        table.add_column(Text(name), justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(row.get(name, "-"))) for name in columns))
     return table

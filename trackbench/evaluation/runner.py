@@ -12,8 +12,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
-from trackbench.metrics import QueryMode, tapvid, to_metric_raster
-from trackbench.structures import Tracks, VideoBatch
+from trackbench.metrics import tapvid, to_metric_raster
+from trackbench.structures import QueryMode, Tracks, VideoBatch
 
 Row = dict[str, Any]
 
@@ -131,9 +131,7 @@ def evaluate(
                 del batch, tracks
             except Exception as error:  # one bad video must not cost the results of the others
                 failures[name] = error
-                bar.console.print(
-                    f"failed: {name}: {type(error).__name__}: {error}", style="red", markup=False
-                )
+                bar.console.print(f"failed: {name}: {type(error).__name__}: {error}", style="red", markup=False)
                 continue
             finally:
                 bar.advance(task)

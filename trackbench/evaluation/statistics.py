@@ -45,9 +45,7 @@ def bootstrap_mean(
     if sample.ndim != 1 or not len(sample) or not np.isfinite(sample).all():
         raise ValueError(f"values must be finite numbers, one per video, got shape {sample.shape}: {sample}")
     if not 0 < confidence < 1 or num_resamples < 1:
-        raise ValueError(
-            f"expected confidence in (0, 1) and resamples >= 1, got {confidence}, {num_resamples}"
-        )
+        raise ValueError(f"expected confidence in (0, 1) and resamples >= 1, got {confidence}, {num_resamples}")
     draws = np.random.default_rng(seed).integers(len(sample), size=(num_resamples, len(sample)))
     means = sample[draws].mean(axis=1)
     tail = (1 - confidence) / 2

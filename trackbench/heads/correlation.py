@@ -101,8 +101,7 @@ class CorrelationHead(Head):
             queries = queries.to(features.dtype)
             query_features = sample_trilinear(features, *queries.unbind(-1))
             chunks = [
-                self._match_clip(part, features)
-                for part in query_features.split(self.query_chunk_size, dim=1)
+                self._match_clip(part, features) for part in query_features.split(self.query_chunk_size, dim=1)
             ]
             xy = torch.cat([chunk.xy for chunk in chunks], dim=2).transpose(1, 2)
             logits = torch.cat([chunk.logits for chunk in chunks], dim=2).transpose(1, 2)
@@ -163,8 +162,7 @@ class CorrelationHead(Head):
         with torch.autocast(features.device.type, enabled=False):
             features = self._prepare(features)[:, None]
             chunks = [
-                self._match(part, features)
-                for part in state.query_features.split(self.query_chunk_size, dim=1)
+                self._match(part, features) for part in state.query_features.split(self.query_chunk_size, dim=1)
             ]
             xy = torch.cat([chunk.xy[:, 0] for chunk in chunks], dim=1)
             logits = torch.cat([chunk.logits[:, 0] for chunk in chunks], dim=1)

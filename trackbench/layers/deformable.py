@@ -51,9 +51,7 @@ def _corners(locations: Tensor, weights: Tensor, shapes: Shapes) -> tuple[Tensor
 
 
 @lru_cache(maxsize=64)
-def _level_geometry(
-    shapes: tuple[tuple[int, int], ...], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def _level_geometry(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Height, width and first row of every level, (L, 1) int64 each; kept, since copying them would sync."""
     # made outside of inference mode, so that later training steps may use the kept tensors too
     with torch.inference_mode(False):
@@ -78,7 +76,8 @@ def _neighbours(coordinate: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _gather(table: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
     """Weighted sums of rows of ``table`` (R, D): rows and scales (B, Q, H, K) -> (B, Q, H, D)."""
     bags, weights = rows.flatten(0, 2), scales.flatten(0, 2).to(table.dtype)
-    return F.embedding_bag(bags, table, mode="sum", per_sample_weights=weights).view(*rows.shape[:3], -1)
+    sums = F.embedding_bag(bags, table, mode="sum", per_sample_weights=weights)
+    return sums.unflatten(0, rows.shape[:3])
 
 
 def deformable_sample(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -176,9 +175,7 @@ class DeformableAttention(nn.Module):
             sampled = deformable_sample(projected, shapes, locations, weights)
         return self.dropout(self.output_proj(sampled)) + query
 
-    def _sample_then_project(
-        self, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
-    ) -> Tensor:
+    def _sample_then_project(self, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
         """The same result for few queries, which need only a few of the cells projected.
 
         Projection and sampling are both linear, so they commute; the bias counts as much as lies inside.

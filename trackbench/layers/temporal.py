@@ -43,8 +43,7 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, window: int, causal: bool =
     # (n, heads, blocks, block, d) queries against (n, heads, blocks, block + 2 reach, d) keys
     q = F.pad(q, (0, 0, 0, rest)).unflatten(2, (blocks, block))
     k, v = (
-        F.pad(x, (0, 0, reach, rest + reach)).unfold(2, block + 2 * reach, block).transpose(-1, -2)
-        for x in (k, v)
+        F.pad(x, (0, 0, reach, rest + reach)).unfold(2, block + 2 * reach, block).transpose(-1, -2) for x in (k, v)
     )
     query_time = torch.arange(blocks * block, device=q.device).view(blocks, block, 1)
     key_time = torch.arange(block + 2 * reach, device=q.device) - reach
@@ -176,9 +175,7 @@ class TemporalAdapter(nn.Module):
         h, w = chunks[0].shape[-2:]
         lengths = [len(chunk) for chunk in chunks]
         statistics = self.statistics(chunks, batch_size).split(lengths)
-        pooled = torch.cat(
-            [self.encode(maps, moments) for maps, moments in zip(chunks, statistics, strict=True)]
-        )
+        pooled = torch.cat([self.encode(maps, moments) for maps, moments in zip(chunks, statistics, strict=True)])
         del chunks  # the caller replaces them while this generator waits
         pooled = self.attend(pooled.unflatten(0, (batch_size, -1))).flatten(0, 1)
         for part in pooled.split(lengths):

@@ -1,4 +1,4 @@
-"""Callbacks: an overlay video of the first validation clip."""
+"""Callbacks: progress in steps, and an overlay video of the first validation clip."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from trackbench.data.video_io import write_video
 from trackbench.structures import Tracks, VideoBatch
 from trackbench.visualization import overlay
+
+
+class StepProgressBar(RichProgressBar):
+    """Lightning's bar for training that is counted in steps: endless data has no epochs to name."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"{'Training':{len(self.validation_description)}}"
 
 
 class OverlayVideo(pl.Callback):
@@ -42,7 +50,8 @@ class OverlayVideo(pl.Callback):
         if batch_idx or dataloader_idx or trainer.sanity_checking:
             return
         few = slice(self.max_points)
-        drawn = Tracks(outputs.xy[few], outputs.visible[few], outputs.visibility[few], outputs.queries[few])
+        tracks: Tracks = outputs["tracks"]
+        drawn = Tracks(tracks.xy[few], tracks.visible[few], tracks.visibility[few], tracks.queries[few])
         frames = overlay(batch.video[0].permute(0, 2, 3, 1).cpu().numpy(), drawn)
         path = self.folder / f"step_{trainer.global_step:07d}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from trackbench.metrics import QueryMode, TapVidMetric, to_metric_raster
-from trackbench.structures import Tracks, VideoBatch
+from trackbench.metrics import TapVidMetric, to_metric_raster
+from trackbench.structures import QueryMode, Tracks, VideoBatch
 from trackbench.tracker import PointTracker
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -59,6 +59,7 @@ class TrackerModule(pl.LightningModule):
         self._make_scheduler = scheduler
         self._lr_scales = dict(lr_scales or {})
         self._stored = {"name": name, "config": config or {}}
+        self.skipped_steps: Tensor
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
@@ -71,13 +72,13 @@ class TrackerModule(pl.LightningModule):
         self.log_dict({f"train/{key}": value for key, value in terms.items()}, batch_size=size)
         return total
 
-    def validation_step(self, batch: VideoBatch, batch_idx: int) -> Tracks:
+    def validation_step(self, batch: VideoBatch, batch_idx: int) -> dict[str, Tracks]:
         """Track one video and score it at the metric's raster."""
-        return self._score(batch)
+        return {"tracks": self._score(batch)}
 
-    def test_step(self, batch: VideoBatch, batch_idx: int) -> Tracks:
+    def test_step(self, batch: VideoBatch, batch_idx: int) -> dict[str, Tracks]:
         """The same as validation."""
-        return self._score(batch)
+        return {"tracks": self._score(batch)}
 
     def _score(self, batch: VideoBatch) -> Tracks:
         if len(batch.video) != 1:
@@ -166,9 +167,7 @@ class TrackerModule(pl.LightningModule):
         """Refuse to resume another architecture, before any weight is touched."""
         own = self.state_dict()
         state = checkpoint["state_dict"]
-        wrong = sorted(set(own) ^ set(state)) + [
-            k for k in own if k in state and own[k].shape != state[k].shape
-        ]
+        wrong = sorted(set(own) ^ set(state)) + [k for k in own if k in state and own[k].shape != state[k].shape]
         if wrong:
             stored = checkpoint.get("trackbench", {}).get("name", "another model")
             raise ValueError(

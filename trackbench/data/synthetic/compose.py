@@ -114,9 +114,7 @@ def _random_wall(
         origin=(width / 2, height / 2),
         texel=WALL_DEPTH / settings.focal,
     )
-    ripple = (
-        _random_ripple(rng, time, size=0.5 * settings.unit, steepest=0.12) if rng.random() < 0.3 else None
-    )
+    ripple = _random_ripple(rng, time, size=0.5 * settings.unit, steepest=0.12) if rng.random() < 0.3 else None
     texture = random_texture(rng, height, width, settings.photos, settings.split)
     return Layer(texture, None, homography, ripple, exposure)
 

@@ -99,17 +99,13 @@ class Ripple:
     x_rate: float
     y_rate: float
 
-    def apply(
-        self, x: FloatArray, y: FloatArray, frame: npt.NDArray[np.int64]
-    ) -> tuple[FloatArray, FloatArray]:
+    def apply(self, x: FloatArray, y: FloatArray, frame: npt.NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
         """Texture to deformed texture; ``frame`` broadcasts against ``x`` and ``y``."""
         x = x + self.x_amplitude[frame] * np.sin(self.x_rate * y + self.x_phase[frame])
         y = y + self.y_amplitude[frame] * np.sin(self.y_rate * x + self.y_phase[frame])
         return x, y
 
-    def undo(
-        self, x: FloatArray, y: FloatArray, frame: npt.NDArray[np.int64]
-    ) -> tuple[FloatArray, FloatArray]:
+    def undo(self, x: FloatArray, y: FloatArray, frame: npt.NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
         """Deformed texture to texture, the inverse of :meth:`apply`."""
         y = y - self.y_amplitude[frame] * np.sin(self.y_rate * x + self.y_phase[frame])
         x = x - self.x_amplitude[frame] * np.sin(self.x_rate * y + self.x_phase[frame])

@@ -94,6 +94,4 @@ def _superellipse(rng: np.random.Generator, angle: FloatArray) -> FloatArray:
     exponent = rng.uniform(1.2, 6.0)
     aspect = rng.uniform(1.0, 4.0)
     turned = angle + rng.uniform(0, 2 * np.pi)
-    return (np.abs(np.cos(turned)) ** exponent + np.abs(aspect * np.sin(turned)) ** exponent) ** (
-        -1 / exponent
-    )
+    return (np.abs(np.cos(turned)) ** exponent + np.abs(aspect * np.sin(turned)) ** exponent) ** (-1 / exponent)

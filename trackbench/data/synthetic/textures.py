@@ -163,9 +163,7 @@ def _leaves_pattern(rng: np.random.Generator, height: int, width: int) -> FloatI
     colours = palette[rng.integers(len(palette), size=count)] + rng.integers(-20, 21, (count, 3))
     colours = np.clip(colours, 0, 255)
     kinds, angles = rng.integers(0, 3, count), rng.random(count) * 360
-    for radius, (x, y), colour, kind, angle in zip(
-        radii, centres, colours.tolist(), kinds, angles, strict=True
-    ):
+    for radius, (x, y), colour, kind, angle in zip(radii, centres, colours.tolist(), kinds, angles, strict=True):
         if kind == 0:
             cv2.circle(canvas, (int(x), int(y)), int(radius + 0.5), colour, -1, cv2.LINE_AA)
         elif kind == 1:
@@ -216,9 +214,7 @@ def _print_pattern(rng: np.random.Generator, height: int, width: int) -> FloatIm
         place = (int(rng.integers(-10, width)), int(rng.integers(0, height + 10)))
         colour = np.clip(255 * (ink + rng.uniform(-0.25, 0.25, 3)), 0, 255).tolist()
         scale = float(rng.uniform(0.3, 1.0)) * min(height, width) / 150 + 0.15
-        cv2.putText(
-            canvas, word, place, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, 1 + int(2 * scale), cv2.LINE_AA
-        )
+        cv2.putText(canvas, word, place, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, 1 + int(2 * scale), cv2.LINE_AA)
     return canvas.astype(np.float32) / np.float32(255)
 
 

@@ -37,8 +37,8 @@ def correlate(query: Tensor, normalised: Pyramid, weight: Tensor) -> Tensor:
         finest, *coarser = (level * factor for level, factor in zip(levels, weight.flatten(), strict=True))
         total = finest
         for level, shape in zip(coarser, normalised.shapes[1:], strict=True):
-            enlarged = F.interpolate(
-                level.unflatten(-1, shape), size=size, mode="bilinear", align_corners=False
-            )
-            total = total + enlarged.flatten(2)
+            # queries on the batch axis, which may be empty
+            maps = level.unflatten(-1, shape).flatten(0, 1)[:, None]
+            enlarged = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+            total = total + enlarged.view_as(finest)
     return total

@@ -50,8 +50,7 @@ class QueryDecoder(nn.Module):
         self.mask_ratio = mask_ratio
         self.time_embedding = new_time_embedding(memory_size, dim)
         self.token_to_query, self.query_to_query, self.memory_to_query = (
-            nn.ModuleList(AttentionBlock(dim, num_heads, dropout) for _ in range(num_layers))
-            for _ in range(3)
+            nn.ModuleList(AttentionBlock(dim, num_heads, dropout) for _ in range(num_layers)) for _ in range(3)
         )
 
     def forward(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trackbench.heads.base import FrameOutput, Head, HeadOutput, Target
 from trackbench.heads.memory.correlation import correlate, normalise
 from trackbench.heads.memory.decoder import FeatureDecoder, QueryDecoder
+from trackbench.heads.memory.initialisation import start_as_matcher
 from trackbench.heads.memory.offset_visibility import OffsetHead, VisibilityHead
 from trackbench.heads.memory.pyramid import build_pyramid, scramble_last_level
 from trackbench.heads.memory.rerank import Reranking
@@ -72,6 +73,10 @@ class MemoryHead(Head):
         support_grid: in evaluation, track this many points per side along, spread over the first frame.
         scrambled_rerank_level: re-rank with the coarsest level that published weights were trained with (see
             :func:`trackbench.heads.memory.pyramid.scramble_last_level`); False: with the one that was meant.
+        input_scale: factor of the features before the projection; features of unit length in C channels want about
+            sqrt(C), or the projection's bias drowns them at first.
+        matcher_start: initialise as a plain matcher of the features, for short trainings from pretrained features
+            (see :func:`trackbench.heads.memory.initialisation.start_as_matcher`); False: as published.
         dropout: of all blocks.
         memory_mask_ratio: share of memory slots and query neighbours that training hides at random.
         loss: None: :class:`TrackOnLoss` as published.
@@ -99,6 +104,8 @@ class MemoryHead(Head):
         visibility_threshold: float = 0.8,
         support_grid: int = 0,
         scrambled_rerank_level: bool = True,
+        input_scale: float = 1.0,
+        matcher_start: bool = False,
         dropout: float = 0.1,
         memory_mask_ratio: float = 0.1,
         loss: TrackOnLoss | None = None,
@@ -109,6 +116,7 @@ class MemoryHead(Head):
         self.memory_size = memory_size
         self._memory_sizes()
         self.visibility_threshold = visibility_threshold
+        self.input_scale = input_scale
         self.support_grid = support_grid
         self.scrambled_rerank_level = scrambled_rerank_level
         self._loss = TrackOnLoss() if loss is None else loss
@@ -129,6 +137,8 @@ class MemoryHead(Head):
         self.rerank_module = Reranking(dim, num_heads, rerank_layers, levels, dropout)
         self.offset_head = OffsetHead(dim, num_heads, offset_layers, levels, dropout)
         self.visibility_head = VisibilityHead(dim, num_heads, levels, dropout)
+        if matcher_start:
+            start_as_matcher(self)
 
     def forward(self, features: Tensor, queries: Tensor) -> HeadOutput:
         """Track through a clip; see :meth:`trackbench.heads.base.Head.forward`.
@@ -201,7 +211,9 @@ class MemoryHead(Head):
         """
         B = features.shape[0]
         projection = self.token_projection
-        content = F.linear(sample_clip(features, time, xy), projection.weight.flatten(1), projection.bias)
+        content = F.linear(
+            self.input_scale * sample_clip(features, time, xy), projection.weight.flatten(1), projection.bias
+        )
         h, w = features.shape[-2:]
         position = self._position((h, w)).expand(B, -1, -1, -1)[:, None]
         return content + sample_clip(position, torch.zeros_like(time), xy)
@@ -211,14 +223,16 @@ class MemoryHead(Head):
         h, w = features.shape[-2:]
         if state.frame == 0 and self.support_grid and not self.training:
             self._add_support(state, features)
-        tokens = (self.token_projection(features) + self._position((h, w))).flatten(2).transpose(1, 2)
+        tokens = (
+            (self.token_projection(self.input_scale * features) + self._position((h, w)))
+            .flatten(2)
+            .transpose(1, 2)
+        )
         decoded = build_pyramid(self.feature_decoder(tokens), (h, w), self.levels)
         normalised = normalise(decoded)
         recent = state.frame
         query = self.sm_query_updater.update(state.query, state.spatial, state.ignored_by_spatial, recent)
-        query = self.query_decoder(
-            query, tokens, state.waiting, state.context, state.ignored_by_context, recent
-        )
+        query = self.query_decoder(query, tokens, state.waiting, state.context, state.ignored_by_context, recent)
         query = self.projection1(query)
 
         coarse = correlate(query, normalised, self.corr_layer.weight)
@@ -270,9 +284,7 @@ class MemoryHead(Head):
         return kept
 
     def _stack(self, frames: list[dict[str, Tensor]], size: torch.Size) -> HeadOutput:
-        extra: dict[str, Any] = {
-            name: torch.stack([frame[name] for frame in frames], dim=2) for name in frames[0]
-        }
+        extra: dict[str, Any] = {name: torch.stack([frame[name] for frame in frames], dim=2) for name in frames[0]}
         extra["size"] = (size[0], size[1])
         visibility = extra["visible_logit"].sigmoid()
         return HeadOutput(

@@ -44,13 +44,13 @@ class Reranking(nn.Module):
         Returns:
             Refined queries (B, N, D), and the logit (B, N, K) that a candidate is wrong.
         """
-        B, N, K, _ = reference.shape
+        N, K = reference.shape[1:3]
         repeated = query[:, :, None].expand(-1, -1, K, -1)
-        sample = repeated.reshape(B, N * K, -1)
-        where = reference.reshape(B, N * K, 1, 2)
+        sample = repeated.flatten(1, 2)
+        where = reference.flatten(1, 2)[:, :, None]
         for block in self.local_patch_encoder:
             sample = block(sample, pyramid.tokens, where, pyramid.shapes)
-        sample = self.sample_projection(torch.cat([repeated, sample.view(B, N, K, -1)], dim=-1))
+        sample = self.sample_projection(torch.cat([repeated, sample.unflatten(1, (N, K))], dim=-1))
         uncertainty = self.sample_uncertainty(sample)[..., 0]
         candidates = sample.flatten(0, 1)
         chosen = self.local_decoder[0](query.flatten(0, 1)[:, None], candidates, candidates)
