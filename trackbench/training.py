@@ -18,8 +18,11 @@ from trackbench.data.datamodule import TrainAndValidate
 from trackbench.lightning.module import TrackerModule
 
 log = logging.getLogger(__name__)
-# Lightning's hint about a logger that nobody asked for
-logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+# Lightning's advertisement, and its note that checkpoints hold the optimiser too
+_NOISE = ("litlogger", "`weights_only` was not set")
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+    lambda record: not any(noise in record.getMessage() for noise in _NOISE)
+)
 
 
 def train(config: DictConfig) -> float | None:

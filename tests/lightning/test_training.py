@@ -67,7 +67,15 @@ def test_two_runs_with_one_seed_are_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["trackon_tiny", "chrono_tiny"])
 def test_the_loss_of_200_steps_falls_by_half(tmp_path: Path, model: str) -> None:
-    train(settings(tmp_path, f"model={model}", "trainer.max_steps=200", "trainer.val_check_interval=200"))
+    train(
+        settings(
+            tmp_path,
+            f"model={model}",
+            "data.batch_size=2",
+            "trainer.max_steps=200",
+            "trainer.val_check_interval=200",
+        )
+    )
     losses = list(logged(tmp_path / "run", "train/loss").values())
     assert len(losses) == 200
     start, end = sum(losses[:10]) / 10, sum(losses[-30:]) / 30
@@ -161,9 +169,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "trainer.val_check_interval=3",
         "callbacks.last.every_n_train_steps=3",
     ]
-    score = train(
-        settings(folder, *overrides, "logger=all", "callbacks.overlay.folder=" + str(folder / "run/overlays"))
-    )
+    base = [item for item in SMALL if item != "callbacks.overlay=null"]
+    paths = [f"output_root={folder}", f"output_dir={folder / 'run'}"]
+    score = train(compose_config("train", [*base, *paths, *overrides, "logger=all"]))
     assert score is not None
     assert 0 <= score <= 1
     return folder / "run"

@@ -36,7 +36,7 @@ from trackbench.visualization import ground_truth, overlay
 
 log = logging.getLogger(__name__)
 TASKS = ("accuracy", "speed", "both")
-COST_COLUMNS = ("frames/s", "ms @ points", "peak MiB", "params M")
+COST_COLUMNS = ("frames/s", "peak MiB", "params M")
 
 
 @dataclass

@@ -225,7 +225,7 @@ def rich_table(rows: Sequence[Row], title: str = "") -> Table:
     columns = _columns(rows)
     for name in columns:
         justify: Literal["right", "left"] = "right" if _is_numeric(rows, name) else "left"
-        table.add_column(Text(name), justify=justify, overflow="fold")
+        table.add_column(Text(name), justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*(Text(str(row.get(name, "-"))) for name in columns))
     return table
