@@ -59,7 +59,11 @@ def train(config: DictConfig) -> float | None:
     )
     data = instantiate(config.data)
     if config.get("validation"):
-        benchmark = compose_config("eval", [f"benchmark={config.validation}"]).benchmark
+        benchmark = compose_config(
+            "eval", [f"benchmark={config.validation}", f"query_mode={config.query_mode}"]
+        ).benchmark
+        if config.validation_path is not None:
+            benchmark.path = str(config.validation_path)
         data = TrainAndValidate(data, instantiate(benchmark.dataset))
     loggers = _loggers(config)
     trainer: pl.Trainer = instantiate(

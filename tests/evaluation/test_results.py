@@ -205,8 +205,8 @@ def test_tables_hold_the_numbers() -> None:
         "delta_avg": "50.0",
         "OA": "50.0",
         "videos": "1",
-        "fps": "50.0",
-        "latency ms @points": "20.0 @256",
+        "frames/s": "50.0",
+        "ms @ points": "20.0 @ 256",
         "peak MiB": "12",
         "params M": "1.50",
     }

@@ -254,6 +254,25 @@ def test_accumulated_gradients_and_bf16_train(tmp_path: Path) -> None:
     assert len(logged(tmp_path / "run", "train/loss")) >= 2
 
 
+def test_validation_on_a_benchmark_in_its_published_files(tmp_path: Path, data_fixtures: Path) -> None:
+    path = data_fixtures / "tapvid" / "tapvid_davis" / "tapvid_davis.pkl"
+    overrides = ["validation=tapvid_davis", f"validation_path={path}", "query_mode=strided"]
+    score = train(settings(tmp_path, *overrides, "trainer.max_steps=1", "trainer.val_check_interval=1"))
+    assert score is not None
+    assert logged(tmp_path / "run", "val/videos") == {0: 3.0}
+
+
+def test_two_processes_train_and_validate_every_video_once(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    ddp = [item for item in SMALL if not item.startswith("trainer.devices")]
+    command = [sys.executable, str(ROOT / "train.py"), *ddp, "data.val_videos=3", "trainer.devices=2"]
+    command += ["trainer.strategy=ddp", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    command += [f"hydra.run.dir={output}"]
+    result = subprocess.run(command, cwd=tmp_path, timeout=300, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert logged(output, "val/videos") == {1: 3.0}
+
+
 def test_module_stores_a_plain_config(tmp_path: Path) -> None:
     config = settings(tmp_path)
     stored = plain_config(config)

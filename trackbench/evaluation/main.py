@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from trackbench.visualization import ground_truth, overlay
 
 log = logging.getLogger(__name__)
 TASKS = ("accuracy", "speed", "both")
+FILE_WIDTH = 160  # columns of the tables where the output is no terminal
 COST_COLUMNS = ("frames/s", "peak MiB", "params M")
 
 
@@ -85,12 +87,12 @@ def _contenders(config: DictConfig) -> Iterator[Contender]:
     """The models of the comparison, loaded; names stay unique."""
     taken: set[str] = set()
     for entry in config.models:
-        settings = dict(config.overrides.get(entry, {}))
+        settings = dict((config.overrides or {}).get(entry, {}))
         if str(entry).endswith(".ckpt"):
             tracker: Any = load_checkpoint(entry, config.device, **settings)
             name = "/".join(Path(entry).parts[-4:-2]) or Path(entry).stem
         else:
-            tracker = load_tracker(entry, config.checkpoints.get(entry), config.device, **settings)
+            tracker = load_tracker(entry, (config.checkpoints or {}).get(entry), config.device, **settings)
             name = str(entry)
         if name in taken:
             raise ValueError(f"two models are called {name!r}")
@@ -104,7 +106,7 @@ def _benchmarks(config: DictConfig) -> Iterator[DictConfig]:
         return
     for name in config.benchmarks:
         overrides = [f"benchmark={name}", f"query_mode={config.query_mode}"]
-        if name in config.paths:
+        if name in (config.paths or {}):
             overrides.append(f"benchmark.path={config.paths[name]}")
         composed = compose_config("eval", overrides)
         yield composed.benchmark
@@ -184,7 +186,7 @@ def _publish(
     clips: list[Clip],
 ) -> None:
     """Table on the terminal, files in the folder, rows to every logger that is on."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     current = {model.checkpoint for model in models}
     order = {model.name: place for place, model in enumerate(models)}
     rows = [row for row in store.rows if row["checkpoint"] in current]
@@ -200,10 +202,11 @@ def _publish(
     for (benchmark, mode), group in iterate_groups(summaries, "benchmark", "query_mode"):
         videos = [row for row in rows if (row["benchmark"], row["query_mode"]) == (benchmark, mode)]
         if config.per_video:
+            videos.sort(key=lambda row: order.get(row["model"], len(order)))
             console.print(rich_table(per_video_rows(videos), title=f"{benchmark} ({mode}): AJ per video, percent"))
-        title = (
-            f"{benchmark} ({mode}), {group[0]['num_videos']} videos: TAP-Vid metrics in percent, mean over videos"
-        )
+        title = f"{benchmark} ({mode}): mean over {group[0]['num_videos']} videos, percent"
+        if speed:
+            title += f"; speed with {max(row['num_points'] for row in speed)} points"
         columns = ("model", "AJ", "delta_avg", "OA", *COST_COLUMNS)
         lines = [{name: line[name] for name in columns if name in line} for line in headline_rows(group, speed)]
         console.print(rich_table(lines, title=title))
