@@ -67,7 +67,7 @@ def test_two_runs_with_one_seed_are_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model", "share"),
-    # the memory head starts as a matcher, with a low loss; 0.49 to 0.51 was seen, so 0.6 leaves room for other CPUs
+    # the memory head starts as a matcher, with a low loss: 0.49 to 0.51 was seen, 0.6 leaves room for other CPUs
     [("chrono_tiny", 0.5), ("trackon_tiny", 0.6)],
 )
 def test_the_loss_of_200_steps_falls_by_half(tmp_path: Path, model: str, share: float) -> None:
