@@ -102,6 +102,21 @@ def test_clip_forward_and_stream_agree(backbone: str, head: str) -> None:
         assert torch.equal(result.visible, tracks.visible[torch.from_numpy(started), result.frame])
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_a_backbone_that_needs_the_whole_clip_streams_at_its_end(head: str) -> None:
+    tracker = shake(tiny("chrono_vit_tiny", head, **{"backbone.norm": "clip"}))
+    assert tracker.lookahead is None
+    video = clip()
+    tracks = tracker.track(video, QUERIES[:2])
+    stream = tracker.stream()
+    stream.add(QUERIES[:2, 1:])
+    assert [stream.step(frame) for frame in video] == [None] * FRAMES
+    results = stream.finish()
+    assert len(results) == FRAMES
+    streamed = torch.stack([result.xy for result in results], dim=1)
+    torch.testing.assert_close(streamed, tracks.xy, atol=1e-4, rtol=0)
+
+
 def test_points_leave_a_stream_without_disturbing_the_others() -> None:
     tracker = shake(tiny("cnn", "correlation_tiny"))
     video = clip()
