@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def tracker_config(name: str, overrides: Mapping[str, Any] | None = None) -> Dic
     Args:
         name: a file of ``configs/model``.
         overrides: ``backbone`` and ``head`` choose another config of these groups; a dotted key
-            (``head.memory_size``) or a bare one (``memory_size``) that exactly one node has sets a value.
+            (``head.memory_size``), or a bare one (``memory_size``) that stands in one place only, sets a value.
 
     Raises:
         ValueError: unknown name, or an override that no node or more than one node has.
@@ -165,13 +165,25 @@ def _full_key(config: DictConfig, key: str, name: str) -> str:
         if OmegaConf.select(config, key, default="?missing?") == "?missing?":
             raise ValueError(f"{name} has no setting {key!r}")
         return key
-    nodes = [node for node in TRACKER_NODES if config.get(node) is not None and key in config[node]]
-    if len(nodes) == 1:
-        return f"{nodes[0]}.{key}"
-    if nodes:
-        raise ValueError(f"{key!r} is ambiguous for {name}: write one of {[f'{n}.{key}' for n in nodes]}")
-    known = sorted(f"{node}.{k}" for node in TRACKER_NODES if config.get(node) is not None for k in config[node])
-    raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(known)}")
+    known = [
+        path for node in TRACKER_NODES if config.get(node) is not None for path in _leaves(config[node], node)
+    ]
+    found = [path for path in known if path.rsplit(".", 1)[1] == key]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{key!r} is ambiguous for {name}: write one of {', '.join(found)}")
+    raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(sorted(known))}")
+
+
+def _leaves(node: DictConfig, prefix: str) -> Iterator[str]:
+    """Dotted keys of all settings below a node."""
+    for key in node:
+        path = prefix + "." + str(key)
+        if OmegaConf.is_dict(OmegaConf.select(node, str(key))):
+            yield from _leaves(node[key], path)
+        elif key != "_target_":
+            yield path
 
 
 def _choose_pretrained(config: DictConfig, has_checkpoint: bool) -> None:
