@@ -158,14 +158,14 @@ def endless_loader(
     )
 
 
-class OwnShare(DistributedSampler[VideoBatch]):
+class OwnShare(DistributedSampler[Any]):
     """Every ``world_size``-th sample, none twice. Lightning leaves a ``DistributedSampler`` as it is."""
 
-    def __init__(self, length: int, rank: int, world_size: int) -> None:
-        super().__init__(range(length), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
+    def __init__(self, dataset: Dataset[VideoBatch], length: int, rank: int, world_size: int) -> None:
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
         self.share = range(rank, length, world_size)
 
-    def __iter__(self) -> Iterator[int]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.share)
 
     def __len__(self) -> int:
@@ -196,7 +196,7 @@ def evaluation_loader(
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=OwnShare(length, rank, world_size),
+        sampler=OwnShare(dataset, length, rank, world_size),
         generator=torch.Generator().manual_seed(0),
         **_loader_settings(num_workers),
     )
