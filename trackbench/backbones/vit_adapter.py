@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -293,7 +294,7 @@ class ViTAdapter(Backbone):
         h, w = images.shape[-2] // patch, images.shape[-1] // patch
         if min(h, w) == 0:
             raise ValueError(f"frames must be at least {patch} x {patch} pixels, got {tuple(images.shape[-2:])}")
-        finest, *coarser = self.spm(images)
+        finest, *coarser = self.spm(images.contiguous(memory_format=torch.channels_last))
         shapes = [(int(c.shape[2]), int(c.shape[3])) for c in coarser]
         levels = zip(coarser, self.level_embed, strict=True)
         pyramid = torch.cat([c.flatten(2).transpose(1, 2) + row for c, row in levels], dim=1)
@@ -309,10 +310,21 @@ class ViTAdapter(Backbone):
                 prefix, patches, pyramid = checkpoint(interaction, *inputs, use_reentrant=False)
             else:
                 prefix, patches, pyramid = interaction(*inputs)
-        stride8 = pyramid[:, : shapes[0][0] * shapes[0][1]].transpose(1, 2).unflatten(2, shapes[0])
         # where 8 does not divide the frame, the doubled map is a cell larger than the stride-4 one
-        doubled = self.up(stride8)[:, :, : finest.shape[2], : finest.shape[3]]
+        doubled = self._double(pyramid[:, : level_sizes(shapes)[0]], shapes[0])
+        doubled = doubled[:, :, : finest.shape[2], : finest.shape[3]]
         return self.norm1(doubled + finest)
+
+    def _double(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """Tokens (n, h * w, C) -> a map (n, C, 2 h, 2 w), channels last: the transposed convolution ``up``.
+
+        Its stride is its kernel, so every token makes its own 2 x 2 cells: a linear layer and a change of order.
+        """
+        weight = self.up.weight.permute(2, 3, 1, 0).flatten(0, 2)
+        cells = F.linear(tokens, weight).unflatten(1, size).unflatten(-1, (2, 2, -1))
+        maps = rearrange(cells, "n h w p q c -> n (h p) (w q) c")
+        assert self.up.bias is not None
+        return (maps + self.up.bias).permute(0, 3, 1, 2)
 
 
 def _init_weights(adapter: nn.Module) -> None:

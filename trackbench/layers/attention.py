@@ -48,21 +48,51 @@ class MultiheadAttention(nn.Module):
         Returns:
             (B, Q, C).
         """
+        dropout = self.dropout if self.training else 0.0
+        if 2 * query.shape[1] * self.num_heads <= query.shape[2] and not dropout:
+            return self._attend_unprojected(query, key, value, ignored)
         weights = self.in_proj_weight.chunk(3)
         biases = self.in_proj_bias.chunk(3)
         q, k, v = (
             F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
-        mask = alone = None
-        if ignored is not None:
-            alone = ignored.all(dim=-1)
-            mask = (~ignored | alone[:, None])[:, None, None, :]
-        dropout = self.dropout if self.training else 0.0
+        mask, alone = _attention_mask(ignored)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self._finish(attended.transpose(1, 2).flatten(2), alone)
+
+    def _attend_unprojected(self, query: Tensor, key: Tensor, value: Tensor, ignored: Tensor | None) -> Tensor:
+        """The same for few queries, which take on the projections of the many keys and values.
+
+        Each head's query is carried over into the space of the keys, and what it gathers there into that of its
+        values; the keys' bias shifts all scores of a query alike, which the softmax does not see.
+        """
+        H = self.num_heads
+        to_query, to_key, to_value = (weight.unflatten(0, (H, -1)) for weight in self.in_proj_weight.chunk(3))
+        query_bias, _, value_bias = (bias.unflatten(0, (H, -1)) for bias in self.in_proj_bias.chunk(3))
+        B, Q, C = query.shape
+        projected = F.linear(query, to_query.flatten(0, 1), query_bias.flatten()).unflatten(-1, (H, -1))
+        carried = torch.einsum("bqhd,hdc->bqhc", projected, to_key).flatten(1, 2)
+        mask, alone = _attention_mask(ignored)
+        gathered = F.scaled_dot_product_attention(
+            carried[:, None], key[:, None], value[:, None], attn_mask=mask, scale=(C // H) ** -0.5
+        )
+        gathered = gathered.view(B, Q, H, C)
+        attended = torch.einsum("bqhc,hdc->bqhd", gathered, to_value) + value_bias
+        return self._finish(attended.flatten(2), alone)
+
+    def _finish(self, attended: Tensor, alone: Tensor | None) -> Tensor:
         if alone is not None:
-            attended = attended.masked_fill(alone[:, None, None, None], 0.0)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+            attended = attended.masked_fill(alone[:, None, None], 0.0)
+        return self.out_proj(attended)
+
+
+def _attention_mask(ignored: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Keys to attend to (B, 1, 1, K), and batch elements (B,) whose keys are all ignored: they attend to all."""
+    if ignored is None:
+        return None, None
+    alone = ignored.all(dim=-1)
+    return (~ignored | alone[:, None])[:, None, None, :], alone
 
 
 class _PostNormBlock(nn.Module):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trackbench.heads.base import FrameOutput, Head, HeadOutput, Target
-from trackbench.heads.memory.correlation import correlate, normalise
+from trackbench.heads.memory.correlation import CorrelationMap, correlate
 from trackbench.heads.memory.decoder import FeatureDecoder, QueryDecoder
 from trackbench.heads.memory.initialisation import start_as_matcher
 from trackbench.heads.memory.offset_visibility import OffsetHead, VisibilityHead
@@ -204,16 +204,17 @@ class MemoryHead(Head):
             return embedding
         return F.interpolate(embedding, size=size, mode="bilinear", align_corners=False)
 
+    def _project(self, content: Tensor) -> Tensor:
+        """(..., C) -> (..., D): the 1x1 convolution that published weights hold, for channels in the last axis."""
+        return F.linear(content, self.token_projection.weight.flatten(1), self.token_projection.bias)
+
     def _sample(self, features: Tensor, time: Tensor, xy: Tensor) -> Tensor:
         """Projected features with position, (B, N, D), at points of a clip (B, T, C, h, w).
 
         Projection is linear and the bilinear weights sum to one: sampling first spares projecting whole maps.
         """
         B = features.shape[0]
-        projection = self.token_projection
-        content = F.linear(
-            self.input_scale * sample_clip(features, time, xy), projection.weight.flatten(1), projection.bias
-        )
+        content = self._project(self.input_scale * sample_clip(features, time, xy))
         h, w = features.shape[-2:]
         position = self._position((h, w)).expand(B, -1, -1, -1)[:, None]
         return content + sample_clip(position, torch.zeros_like(time), xy)
@@ -223,26 +224,25 @@ class MemoryHead(Head):
         h, w = features.shape[-2:]
         if state.frame == 0 and self.support_grid and not self.training:
             self._add_support(state, features)
-        tokens = (
-            (self.token_projection(self.input_scale * features) + self._position((h, w)))
-            .flatten(2)
-            .transpose(1, 2)
-        )
+        if state.position is None:
+            state.position = self._position((h, w)).flatten(2).transpose(1, 2).contiguous()
+        content = (self.input_scale * features if self.input_scale != 1.0 else features).flatten(2).transpose(1, 2)
+        tokens = self._project(content) + state.position
         decoded = build_pyramid(self.feature_decoder(tokens), (h, w), self.levels)
-        normalised = normalise(decoded)
+        compared = CorrelationMap.of(decoded, self.corr_layer.weight)
         recent = state.frame
         query = self.sm_query_updater.update(state.query, state.spatial, state.ignored_by_spatial, recent)
         query = self.query_decoder(query, tokens, state.waiting, state.context, state.ignored_by_context, recent)
         query = self.projection1(query)
 
-        coarse = correlate(query, normalised, self.corr_layer.weight)
+        coarse = correlate(query, compared)
         best = coarse.topk(min(self.num_candidates, h * w), dim=-1).indices
         candidates = _centres(best, w)
         local = scramble_last_level(decoded) if self.scrambled_rerank_level else decoded
         query, candidate_logits = self.rerank_module(query, local, _reference(candidates, h, w))
 
         projected = self.projection2(query)
-        fine = correlate(projected, normalised, self.corr_layer.weight)
+        fine = correlate(projected, compared)
         centre = _centres(fine.argmax(dim=-1), w)
         offsets = self.offset_head(projected, decoded, _reference(centre, h, w)[:, :, None])
         xy = centre + offsets[:, :, -1]

@@ -29,7 +29,7 @@ def build_pyramid(tokens: Tensor, size: tuple[int, int], levels: int) -> Pyramid
         levels: number of levels; the last one is pooled by ``2 ** (levels - 1)``.
     """
     h, w = size
-    grid = tokens.transpose(1, 2).unflatten(2, size)
+    grid = tokens.unflatten(1, size).permute(0, 3, 1, 2)  # channels last in memory: no copy, and pooling keeps it
     parts, shapes = [tokens], [size]
     for level in range(1, levels):
         factor = 2**level

@@ -23,6 +23,7 @@ class MemoryState:
         occluded: same shape, bool, slots of frames where the point was predicted to be occluded.
         frame: index of the next frame.
         num_support: support points among the N.
+        position: (1, h * w, D), the position embedding of the maps; made at the first frame.
     """
 
     query: Tensor
@@ -33,6 +34,7 @@ class MemoryState:
     occluded: Tensor
     frame: int = 0
     num_support: int = 0
+    position: Tensor | None = None
 
     @staticmethod
     def empty(batch_size: int, dim: int, context_slots: int, spatial_slots: int, like: Tensor) -> MemoryState:
