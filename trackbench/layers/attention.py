@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trackbench.layers.deformable import DeformableAttention, Shapes
+from trackbench.layers.chunking import by_chunks
+from trackbench.layers.deformable import QUERIES_PER_CHUNK, DeformableAttention, Shapes
 
 
 class MultiheadAttention(nn.Module):
@@ -108,7 +109,7 @@ class _PostNormBlock(nn.Module):
 
     def _add(self, query: Tensor, update: Tensor) -> Tensor:
         x = self.norm1(query + self.dropout(update))
-        hidden = self.dropout(F.relu(self.linear1(x)))
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
 
@@ -128,6 +129,10 @@ class AttentionBlock(_PostNormBlock):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, ignored: Tensor | None = None) -> Tensor:
         """(B, Q, C) from queries (B, Q, C), keys and values (B, K, C); ``ignored`` (B, K): masked keys."""
+        size = max(1, QUERIES_PER_CHUNK // key.shape[1])
+        return by_chunks(self._attend, query, key, value, ignored, dim=0, size=size)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, ignored: Tensor | None) -> Tensor:
         return self._add(query, self.mha(query, key, value, ignored))
 
 
@@ -160,4 +165,9 @@ class DeformableBlock(_PostNormBlock):
 
     def forward(self, query: Tensor, value: Tensor, reference: Tensor, shapes: Shapes) -> Tensor:
         """See :meth:`DeformableAttention.forward`: query (B, Q, C), value (B, S, C) -> (B, Q, C)."""
-        return self._add(query, self.mha(query, value, reference, shapes))
+        attend = self.mha.attention(query.shape[1], value, shapes)
+
+        def block(query: Tensor, reference: Tensor) -> Tensor:
+            return self._add(query, attend(query, reference))
+
+        return by_chunks(block, query, reference, dim=1, size=QUERIES_PER_CHUNK)

@@ -8,14 +8,18 @@ points together, sampling is bilinear with zeros outside, and the module adds it
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trackbench.layers.chunking import by_chunks
+
 Shapes = Sequence[tuple[int, int]]
+
+QUERIES_PER_CHUNK = 1024  # on the CPU without gradients: what one chunk samples then fits into the caches
 
 
 def level_sizes(shapes: Shapes) -> list[int]:
@@ -163,17 +167,30 @@ class DeformableAttention(nn.Module):
         Raises:
             ValueError: the number of levels or cells is not what the module and ``shapes`` say.
         """
-        B, Q, _ = query.shape
+        attend = self.attention(query.shape[1], value, shapes)
+        return by_chunks(attend, query, reference, dim=1, size=QUERIES_PER_CHUNK)
+
+    def attention(self, num_queries: int, value: Tensor, shapes: Shapes) -> Callable[[Tensor, Tensor], Tensor]:
+        """:meth:`forward` for one pyramid, as a function of any of its queries and reference points.
+
+        Args:
+            num_queries: how many there will be in all, which decides what is projected.
+            value: (B, S, C).
+            shapes: (h, w) of the L levels.
+        """
+        B, S, _ = value.shape
         H, L = self.num_heads, self.num_levels
-        if len(shapes) != L or sum(level_sizes(shapes)) != value.shape[1]:
-            raise ValueError(f"expected {L} levels that fill {value.shape[1]} cells, got {list(shapes)}")
-        locations, weights = self._locations(query, reference, shapes)
-        if value.shape[1] >= 2 * Q * H:
-            sampled = self._sample_then_project(value, shapes, locations, weights)
-        else:
-            projected = self.value_proj(value).view(B, value.shape[1], H, -1)
-            sampled = deformable_sample(projected, shapes, locations, weights)
-        return self.dropout(self.output_proj(sampled)) + query
+        if len(shapes) != L or sum(level_sizes(shapes)) != S:
+            raise ValueError(f"expected {L} levels that fill {S} cells, got {list(shapes)}")
+        few = 2 * num_queries * H <= S
+        projected = value if few else self.value_proj(value).view(B, S, H, -1)
+
+        def attend(query: Tensor, reference: Tensor) -> Tensor:
+            locations, weights = self._locations(query, reference, shapes)
+            sample = self._sample_then_project if few else deformable_sample
+            return self.dropout(self.output_proj(sample(projected, shapes, locations, weights))) + query
+
+        return attend
 
     def _sample_then_project(self, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
         """The same result for few queries, which need only a few of the cells projected.
