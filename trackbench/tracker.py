@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from trackbench.heads.base import Head, HeadOutput, Target
 from trackbench.structures import FrameTracks, Tracks, VideoBatch
 
 Progress = Callable[[int, int], None]
+STREAM_FORMAT = 1  # of TrackerStream.state_dict
 
 
 @dataclasses.dataclass
@@ -152,10 +155,12 @@ class PointTracker(nn.Module):
                 progress(next(ticks), total)
 
         with _evaluating(self):
-            tracks = self._run(video, queries, tick)
+            features = _ClipFeatures(self, video)
+            tracks = self._run(features, queries, tick, keep=backward)
             if backward:
                 reversed_queries = torch.cat([T - 1 - start[:, None], queries[:, 1:]], dim=1)
-                mirrored = self._run(video.flip(0), reversed_queries, tick)
+                features = features.reversed()
+                mirrored = self._run(features, reversed_queries, tick)
                 before = torch.arange(T) < start.cpu()[:, None]
                 tracks.xy = torch.where(before[..., None], mirrored.xy.flip(1), tracks.xy)
                 tracks.visible = torch.where(before, mirrored.visible.flip(1), tracks.visible)
@@ -166,55 +171,66 @@ class PointTracker(nn.Module):
         """Track frame by frame: ``add`` points, ``step`` frames, ``finish`` at the end of the video."""
         return TrackerStream(self)
 
-    def _run(self, video: Tensor, queries: Tensor, tick: Callable[[], None]) -> Tracks:
-        """One run forward in time: the head steps through the clip's features."""
-        T, N = video.shape[0], queries.shape[0]
+    def _run(
+        self, features: _ClipFeatures, queries: Tensor, tick: Callable[[], None], *, keep: bool = False
+    ) -> Tracks:
+        """One run forward in time: the head steps through the clip's features.
+
+        ``keep``: another run follows, so maps are kept for it as far as there is room.
+        """
+        T, N = features.num_frames, queries.shape[0]
+        asked = queries.detach().to("cpu", torch.float32, copy=True)
         if N == 0:
             empty = torch.zeros(0, T)
-            return Tracks(empty[..., None].expand(0, T, 2), empty.bool(), empty, queries.cpu().float())
+            return Tracks(empty[..., None].expand(0, T, 2), empty.bool(), empty, asked)
         points = queries.to(self.device, torch.float32)
         if self.causal:
             points = torch.cat([points[:, :1].floor(), points[:, 1:]], dim=1)
-        features = _ClipFeatures(self, video, points[:, 0])
-        scale = _cells_per_pixel(features[0].shape[-2:], video.shape[-2:], self.device)
+        scale = _cells_per_pixel(features.get(0, again=True).shape[-2:], features.frame_size, self.device)
         cells = _to_cells(points[None], scale)
         state = self.head.start(1)
         self.head.add(state, self._query_features(features, cells), cells)
         outputs = []
         for t in range(T):
-            outputs.append(self.head.step(state, features[t]))
+            outputs.append(self.head.step(state, features.get(t, again=keep)))
             tick()
         xy, visibility, visible = (torch.stack(parts, dim=2)[0] for parts in zip(*outputs, strict=True))
         return Tracks(
             xy=(xy.float() / scale).cpu(),
             visible=visible.cpu(),
             visibility=visibility.float().cpu(),
-            queries=queries.detach().cpu().float(),
+            queries=asked,
         )
 
     def _query_features(self, features: _ClipFeatures, cells: Tensor) -> Tensor:
         """Sampled at each query's own frame; a fractional time blends the frames around it."""
         time, xy = cells[0, :, 0], cells[..., 1:]
         last = features.num_frames - 1
-        sampled: Tensor | None = None
-        for t in features.query_frames:
+        around = torch.cat([time.floor(), time.ceil()]).long().clamp(0, last)
+        parts = []
+        for t in torch.unique(around).tolist():
             weight = (1 - (time - t).abs()).clamp(min=0)
             weight = torch.where((time >= last) & (t == last), torch.ones_like(weight), weight)
-            part = self.head.sample(features[t], xy) * weight[None, :, None]
-            sampled = part if sampled is None else sampled + part
-        if sampled is None:
-            raise ValueError("queries hold no frame to sample")
-        return sampled
+            parts.append(self.head.sample(features.get(t, again=True), xy) * weight[None, :, None])
+        return sum(parts[1:], start=parts[0])
 
 
 class TrackerStream:
-    """A video that arrives frame by frame, with points that come and go. Made by :meth:`PointTracker.stream`."""
+    """A video that arrives frame by frame, with points that come and go. Made by :meth:`PointTracker.stream`.
+
+    Time and memory per frame do not depend on how many frames came before, where the backbone looks at a limited
+    number of frames. Points that are there from their own frame on get the tracks of
+    :meth:`PointTracker.track`. In heads whose points see each other, a point that was dropped leaves its mark
+    in what the others remember of the frames before.
+    """
 
     def __init__(self, tracker: PointTracker) -> None:
         self.tracker = tracker
         self._features = tracker.backbone.stream()
-        self._state = tracker.head.start(1)
+        with _evaluating(tracker):  # heads may carry more in evaluation than in training
+            self._state = tracker.head.start(1)
         self._size: tuple[int, int] | None = None
+        self._scale: Tensor | None = None
         self._pushed = 0
         self._yielded = 0
         self._next_id = 0
@@ -229,8 +245,15 @@ class TrackerStream:
 
         Returns:
             (n,) int64, the ids of the points in the results.
+
+        Raises:
+            ValueError: points of another shape, with NaN, or outside the frame.
         """
-        points = torch.as_tensor(points_xy, dtype=torch.float32).reshape(-1, 2).clone()
+        points = _as_tensor(points_xy).detach().to("cpu", torch.float32, copy=True)
+        if points.numel() == 0:
+            points = points.reshape(0, 2)
+        if points.ndim != 2 or points.shape[1] != 2:
+            raise ValueError(f"points must be (n, 2) as (x, y), got {tuple(points.shape)}")
         if not bool(torch.isfinite(points).all()):
             raise ValueError("points must be finite, got NaN or infinity")
         if self._size is not None:
@@ -242,8 +265,11 @@ class TrackerStream:
         return ids
 
     def drop(self, ids: Tensor | list[int]) -> None:
-        """Forget points."""
-        unwanted = torch.as_tensor(ids, dtype=torch.int64)
+        """Forget points: no result from now on holds them, not even of a frame that was pushed before.
+
+        Ids that are not there, or no longer, are ignored.
+        """
+        unwanted = torch.as_tensor(ids, dtype=torch.int64).cpu()
         keep = ~torch.isin(self._ids, unwanted)
         if len(self._ids) and not bool(keep.all()):
             self.tracker.head.drop(self._state, keep.to(self.tracker.device))
@@ -257,24 +283,32 @@ class TrackerStream:
 
     @torch.no_grad()
     def step(self, frame: np.ndarray | Tensor) -> FrameTracks | None:
-        """Take the next frame (H, W, 3) uint8.
+        """Take the next frame (H, W, 3) uint8. The host does not wait for the device.
+
+        A frame in pinned memory must stay as it is until its results were read.
 
         Returns:
             The points of the earliest frame that became ready: this frame, or an earlier one where the backbone
             looks ahead (``tracker.lookahead``), or None while there is none yet.
+
+        Raises:
+            ValueError: a frame of another shape than those before; points that lie outside the first one.
+            TypeError: a frame that is not uint8.
         """
-        image = torch.as_tensor(np.asarray(frame) if not isinstance(frame, Tensor) else frame)
+        image = _as_tensor(frame)
         if image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"frame must be (H, W, 3), got {tuple(image.shape)}")
+        if image.dtype != torch.uint8:
+            raise TypeError(f"frame must be uint8 in [0, 255], got {image.dtype}")
         size = (int(image.shape[0]), int(image.shape[1]))
         if self._size is None:
-            self._size = size
             for _, _, points in self._waiting:
                 _check_inside(points, *size)
+            self._size = size
         elif size != self._size:
             raise ValueError(f"frame must be {self._size} like the frames before it, got {size}")
         with _evaluating(self.tracker):
-            pixels = image.permute(2, 0, 1)[None, None].to(self.tracker.device)
+            pixels = _upload(image, self.tracker.device).permute(2, 0, 1)[None, None]
             ready = self._features.push(self.tracker.prepare(pixels)[:, 0])
             self._pushed += 1
             results = [self._advance(features) for features in ready]
@@ -288,22 +322,82 @@ class TrackerStream:
         with _evaluating(self.tracker):
             return [self._advance(features) for features in self._features.flush()]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a stream needs to go on elsewhere: nested dicts and lists of tensors, numbers and names.
+
+        ``torch.save`` writes it and ``torch.load(..., weights_only=True)`` reads it. The tensors are copies. The
+        weights are not in it: a stream goes on with those of its tracker.
+        """
+        return {
+            "format_version": STREAM_FORMAT,
+            "tracker": _identity(self.tracker),
+            "frame_size": list(self._size or ()),
+            "pushed": self._pushed,
+            "yielded": self._yielded,
+            "next_id": self._next_id,
+            "ids": self._ids.clone(),
+            "waiting": [[frame, ids.clone(), points.clone()] for frame, ids, points in self._waiting],
+            "head": self.tracker.head.pack_state(self._state),
+            "features": self._features.state_dict(),
+        }
+
+    def load_state_dict(self, content: Mapping[str, Any]) -> None:
+        """Go on where the stream behind ``content`` was saved; what this stream held is forgotten.
+
+        The tracker must be of the same make; its device may be another. With the same weights, device and
+        settings, results are bit for bit those of the stream that was saved.
+
+        Raises:
+            ValueError: content of another format or of another tracker (classes, sizes, memory), or damaged.
+                This stream is then unchanged.
+        """
+        version = content.get("format_version")
+        if version != STREAM_FORMAT:
+            raise ValueError(f"stream state has format_version {version!r}, expected {STREAM_FORMAT}")
+        expected = self.state_dict().keys()
+        if content.keys() != expected:
+            raise ValueError(f"stream state must hold {sorted(expected)}, got {sorted(content)}")
+        saved = content["tracker"] if isinstance(content["tracker"], Mapping) else {}
+        for key, value in _identity(self.tracker).items():
+            if saved.get(key) != value:
+                raise ValueError(
+                    f"stream state of another tracker: its {key} is {saved.get(key)!r}, here {value!r}"
+                )
+        pushed, yielded, next_id = (_count(content, key) for key in ("pushed", "yielded", "next_id"))
+        if yielded > pushed:
+            raise ValueError(f"stream state yielded {yielded} frames of {pushed}")
+        size = content["frame_size"]
+        if not isinstance(size, list | tuple) or len(size) not in ((2,) if pushed else (0, 2)):
+            raise ValueError(f"stream state's frame_size must be [H, W], got {size!r}")
+        frame_size = (int(size[0]), int(size[1])) if size else None
+        ids = _stored_ids(content["ids"], next_id)
+        waiting = [_stored_waiting(entry, next_id) for entry in content["waiting"]]
+        with _evaluating(self.tracker):
+            state = self.tracker.head.unpack_state(content["head"], num_points=len(ids))
+        features = self.tracker.backbone.stream()
+        features.load_state_dict(content["features"])
+        self._features, self._state = features, state
+        self._size, self._scale = frame_size, None
+        self._pushed, self._yielded, self._next_id = pushed, yielded, next_id
+        self._ids, self._waiting = ids, waiting
+
     def _advance(self, features: Tensor) -> FrameTracks:
         assert self._size is not None
         head, device = self.tracker.head, self.tracker.device
-        scale = _cells_per_pixel(features.shape[-2:], self._size, device)
+        if self._scale is None:  # once: making a tensor on a device waits for it
+            self._scale = _cells_per_pixel(features.shape[-2:], self._size, device)
         while self._waiting and self._waiting[0][0] <= self._yielded:
             _, ids, points = self._waiting.pop(0)
-            xy = points.to(device)[None]
+            xy = _upload(points, device)[None]
             time = torch.full_like(xy[..., :1], self._yielded)
-            cells = _to_cells(torch.cat([time, xy], dim=2), scale)
+            cells = _to_cells(torch.cat([time, xy], dim=2), self._scale)
             head.add(self._state, head.sample(features, cells[..., 1:]), cells)
             self._ids = torch.cat([self._ids, ids])
         output = head.step(self._state, features)
         result = FrameTracks(
             frame=self._yielded,
             ids=self._ids.clone(),
-            xy=output.xy[0].float() / scale,
+            xy=output.xy[0].float() / self._scale,
             visible=output.visible[0],
             visibility=output.visibility[0].float(),
         )
@@ -312,40 +406,50 @@ class TrackerStream:
 
 
 class _ClipFeatures:
-    """Feature maps of a clip that is there already: each frame is encoded once.
+    """Feature maps of a clip that is there already.
 
-    Frame-by-frame backbones encode on demand and keep only the maps of query frames, up to a limit; others
-    encode the clip at once.
+    Frame-by-frame backbones encode on demand and keep the maps that are wanted again, query frames first, while
+    they fit into ``KEEP_BYTES``: no frame is encoded twice unless room runs out. Others encode the clip at once.
     """
 
-    KEEP = 64
+    KEEP_BYTES = 2**30
 
-    def __init__(self, tracker: PointTracker, video: Tensor, times: Tensor) -> None:
+    def __init__(self, tracker: PointTracker, video: Tensor) -> None:
         self._tracker = tracker
         self._video = video
-        self.num_frames = video.shape[0]
-        around = torch.cat([times.floor(), times.ceil()]).long().clamp(0, self.num_frames - 1)
-        self.query_frames: list[int] = torch.unique(around).tolist()
-        self._pinned = set(self.query_frames[: self.KEEP])
         self._maps: dict[int, Tensor] = {}
-        if tracker.backbone.context != 0:
-            clip = tracker.backbone(tracker.prepare(video[None].to(tracker.device)))[0]
-            self._maps = {t: clip[t : t + 1] for t in range(self.num_frames)}
+        self._flipped = False
+        self.num_frames = video.shape[0]
+        self.frame_size = video.shape[-2:]
 
-    def __getitem__(self, t: int) -> Tensor:
-        """(1, C, h, w) of frame ``t``."""
-        if t in self._maps:
-            return self._maps[t]
-        frame = self._video[t][None, None].to(self._tracker.device)
-        features = self._tracker.backbone(self._tracker.prepare(frame))[:, 0]
-        if t in self._pinned or t == 0:
-            self._maps[t] = features
+    def get(self, t: int, *, again: bool) -> Tensor:
+        """(1, C, h, w) of frame ``t``; ``again``: it will be wanted once more."""
+        t = self.num_frames - 1 - t if self._flipped else t
+        if self._tracker.backbone.context != 0 and not self._maps:
+            clip = self._tracker.backbone(self._tracker.prepare(_upload(self._video, self._tracker.device)[None]))
+            self._maps = dict(enumerate(clip[0].split(1)))
+        features = self._maps.get(t)
+        if features is None:
+            frame = _upload(self._video[t], self._tracker.device)[None, None]
+            features = self._tracker.backbone(self._tracker.prepare(frame))[:, 0]
+            if again and features.nbytes * (len(self._maps) + 1) <= self.KEEP_BYTES:
+                self._maps[t] = features
+        elif not again and self._tracker.backbone.context == 0:
+            del self._maps[t]
         return features
+
+    def reversed(self) -> _ClipFeatures:
+        """The clip backward in time; where frames are encoded one by one, with the maps kept so far."""
+        if self._tracker.backbone.context != 0:
+            return _ClipFeatures(self._tracker, self._video.flip(0))
+        backward = _ClipFeatures(self._tracker, self._video)
+        backward._maps, backward._flipped = self._maps, not self._flipped
+        return backward
 
 
 def check_queries(queries: np.ndarray | Tensor, num_frames: int, height: int, width: int) -> Tensor:
     """(N, 3) float32 queries as (t, x, y), a copy; ValueError where they do not lie inside the video."""
-    points = torch.as_tensor(queries)
+    points = _as_tensor(queries)
     if points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(f"queries must be (N, 3) as (t, x, y), got {tuple(points.shape)}")
     points = points.detach().to("cpu", torch.float32, copy=True)
@@ -378,7 +482,7 @@ def _as_video(video: np.ndarray | Tensor | str | PathLike[str]) -> Tensor:
         from trackbench.data.video_io import read_video
 
         video = read_video(video)
-    frames = torch.as_tensor(video)
+    frames = _as_tensor(video)
     if frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"video must be (T, H, W, 3), got {tuple(frames.shape)}")
     if frames.dtype != torch.uint8:
@@ -386,6 +490,53 @@ def _as_video(video: np.ndarray | Tensor | str | PathLike[str]) -> Tensor:
     if 0 in frames.shape:
         raise ValueError(f"video has no pixels: its shape is {tuple(frames.shape)}")
     return frames
+
+
+def _as_tensor(values: Any) -> Tensor:
+    """Shares memory where it can; arrays that run backward, such as a BGR image turned to RGB, are copied."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(np.ascontiguousarray(values))
+
+
+def _upload(values: Tensor, device: torch.device) -> Tensor:
+    """To the device, where CUDA lets it without waiting for what the device does."""
+    return values.to(device, non_blocking=device.type == "cuda")
+
+
+def _identity(tracker: PointTracker) -> dict[str, Any]:
+    """What two trackers have in common when one can go on with a stream of the other."""
+    layout = sorted((name, tuple(value.shape)) for name, value in tracker.state_dict().items())
+    return {
+        "backbone": type(tracker.backbone).__qualname__,
+        "head": type(tracker.head).__qualname__,
+        "dim": int(tracker.backbone.dim),
+        "input_size": list(tracker.input_size or ()),
+        "layout": zlib.crc32(repr(layout).encode()),  # names and shapes of all weights
+    }
+
+
+def _count(content: Mapping[str, Any], key: str) -> int:
+    value = content[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"stream state's {key} must be a count, got {value!r}")
+    return value
+
+
+def _stored_ids(ids: Any, next_id: int) -> Tensor:
+    if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.dtype != torch.int64:
+        raise ValueError(f"stream state's ids must be (n,) int64, got {getattr(ids, 'shape', ids)!r}")
+    copy = ids.detach().to("cpu", copy=True)
+    if len(copy.unique()) != len(copy) or not bool(((copy >= 0) & (copy < next_id)).all()):
+        raise ValueError(f"stream state's ids must differ and lie below next_id {next_id}, got {copy.tolist()}")
+    return copy
+
+
+def _stored_waiting(entry: Any, next_id: int) -> tuple[int, Tensor, Tensor]:
+    if not isinstance(entry, list | tuple) or len(entry) != 3 or not isinstance(entry[0], int):
+        raise ValueError("stream state's waiting must hold [frame, ids, points] each")
+    ids, points = _stored_ids(entry[1], next_id), entry[2]
+    if not isinstance(points, Tensor) or points.shape != (len(ids), 2) or not points.is_floating_point():
+        raise ValueError(f"stream state's waiting points must be ({len(ids)}, 2), got {points!r}")
+    return entry[0], ids, points.detach().to("cpu", torch.float32, copy=True)
 
 
 def _cells_per_pixel(grid: tuple[int, ...], size: tuple[int, ...], device: torch.device) -> Tensor:
@@ -398,12 +549,12 @@ def _to_cells(queries: Tensor, scale: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; the mode before comes back, also after an error."""
-    was_training = module.training
-    if was_training:
+    """Evaluation mode for a while; every submodule's mode before comes back, also after an error."""
+    training = [part for part in module.modules() if part.training] if module.training else []
+    if training:
         module.eval()
     try:
         yield
     finally:
-        if was_training:
-            module.train()
+        for part in training:
+            part.training = True

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,12 @@ class FeatureStream(Protocol):
 
     def flush(self) -> list[Tensor]:
         """The video has ended: return the feature maps that were still waiting for later frames."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was kept of earlier frames: nested dicts and lists of tensors (copies) and ints."""
+
+    def load_state_dict(self, content: Mapping[str, Any]) -> None:
+        """Go on from ``content``, on the device of the backbone. Raises ValueError where it does not fit."""
 
 
 class Backbone(nn.Module):
@@ -62,6 +68,13 @@ class _FrameStream:
     def flush(self) -> list[Tensor]:
         return []
 
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, content: Mapping[str, Any]) -> None:
+        if content:
+            raise ValueError(f"a frame-by-frame backbone keeps nothing of earlier frames, got {sorted(content)}")
+
 
 class _ClipStream:
     """Backbones whose features need the whole clip: frames wait until the end of the video."""
@@ -77,6 +90,19 @@ class _ClipStream:
     def flush(self) -> list[Tensor]:
         frames, self.frames = self.frames, []
         return list(self._encode(frames)) if frames else []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"frames": [frame.detach().clone() for frame in self.frames]}
+
+    def load_state_dict(self, content: Mapping[str, Any]) -> None:
+        frames = content.get("frames")
+        if content.keys() != {"frames"} or not isinstance(frames, list):
+            raise ValueError(f"feature state must hold the list 'frames', got {sorted(content)}")
+        for frame in frames:
+            if not isinstance(frame, Tensor) or frame.ndim != 4 or frame.shape != frames[0].shape:
+                raise ValueError("feature state's frames must be tensors (B, 3, H, W) of one shape")
+        device = next(self.backbone.parameters()).device
+        self.frames = [frame.detach().to(device, copy=True) for frame in frames]
 
     def _encode(self, frames: list[Tensor]) -> Iterator[Tensor]:
         return iter(self.backbone(torch.stack(frames, dim=1)).unbind(dim=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,14 @@ from trackbench.evaluation.results import (
     rich_table,
     write_atomically,
 )
-from trackbench.evaluation.runner import Benchmark, EvaluationError, evaluate, iterate_groups
+from trackbench.evaluation.runner import (
+    Benchmark,
+    EvaluationError,
+    evaluate,
+    head_settings_for,
+    iterate_groups,
+    use_head_settings,
+)
 from trackbench.evaluation.speed import measure_speed
 from trackbench.structures import Tracks, VideoBatch
 from trackbench.visualization import ground_truth, overlay
@@ -43,11 +50,26 @@ COST_COLUMNS = ("frames/s", "peak MiB", "params M")
 
 @dataclass
 class Contender:
-    """One model of the comparison: its name in the tables, the tracker, and what its results depend on."""
+    """One model of the comparison.
+
+    Attributes:
+        name: its name in the tables.
+        tracker: the model.
+        checkpoint: what its results depend on, see :func:`trackbench.evaluation.results.fingerprint`.
+        overrides: settings that the user chose; they win over those of a benchmark.
+        runs: benchmark -> (checkpoint with the benchmark's settings, the head's settings in force as text).
+    """
 
     name: str
     tracker: Any
     checkpoint: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    runs: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> set[str]:
+        """Every ``checkpoint`` that rows of this run can have."""
+        return {self.checkpoint, *(checkpoint for checkpoint, _ in self.runs.values())}
 
 
 def evaluate_models(config: DictConfig) -> float | None:
@@ -79,8 +101,15 @@ def evaluate_models(config: DictConfig) -> float | None:
     _publish(config, output, store, models, speed, clips)
     if problems:
         raise problems[0]
-    scores = [r["average_jaccard"] for r in store.rows if r["checkpoint"] == models[0].checkpoint]
-    return float(torch.tensor(scores).nanmean()) if scores and config.task != "speed" else None
+    if config.task == "speed":
+        return None
+    first, (checkpoint, _) = next(iter(models[0].runs.items()))
+    scores = [
+        row["average_jaccard"]
+        for row in store.rows
+        if (row["benchmark"], row["checkpoint"], row["query_mode"]) == (first, checkpoint, config.query_mode)
+    ]
+    return float(torch.tensor(scores).nanmean()) if scores else None
 
 
 def _contenders(config: DictConfig) -> Iterator[Contender]:
@@ -97,7 +126,7 @@ def _contenders(config: DictConfig) -> Iterator[Contender]:
         if name in taken:
             raise ValueError(f"two models are called {name!r}")
         taken.add(name)
-        yield Contender(name, tracker, fingerprint(tracker, settings))
+        yield Contender(name, tracker, fingerprint(tracker, settings), settings)
 
 
 def _benchmarks(config: DictConfig) -> Iterator[DictConfig]:
@@ -119,11 +148,20 @@ def _accuracy(
     store: ResultsStore,
     problems: list[EvaluationError],
 ) -> list[Clip]:
-    """Rows of every model on one benchmark go to the store; the first videos become overlays."""
+    """Rows of every model on one benchmark go to the store; the first videos become overlays.
+
+    Heads have the benchmark's ``head_settings`` meanwhile, but for those that the user chose.
+    """
+    published: Any = OmegaConf.to_container(benchmark, resolve=False)
+    published = published.get("head_settings")
+    changes = [head_settings_for(m.tracker, published, keep=m.overrides) for m in models]
     dataset: Benchmark = instantiate(benchmark.dataset)
     wanted = range(min(config.overlays if config.report else 0, len(dataset)))
     drawn: dict[str, dict[str, Any]] = {}
-    for model in models:
+    for model, settings in zip(models, changes, strict=True):
+        checkpoint = model.checkpoint
+        if settings:
+            checkpoint = fingerprint(model.tracker, {**model.overrides, **settings})
 
         def keep(batch: VideoBatch, tracks: Tracks, name: str = model.name) -> None:
             video = batch.names[0]
@@ -131,22 +169,24 @@ def _accuracy(
                 panels = drawn.setdefault(video, {"truth": _draw(batch, ground_truth(batch))})
                 panels[name] = _draw(batch, tracks)
 
-        def known(video: str, model: Contender = model) -> bool:
-            return store.has(model.name, model.checkpoint, benchmark.name, video, benchmark.query_mode)
+        def known(video: str, name: str = model.name, checkpoint: str = checkpoint) -> bool:
+            return store.has(name, checkpoint, benchmark.name, video, benchmark.query_mode)
 
         try:
-            evaluate(
-                model.tracker,
-                dataset,
-                benchmark.query_mode,
-                model=model.name,
-                benchmark=benchmark.name,
-                tags={"checkpoint": model.checkpoint},
-                skip=known,
-                on_row=store.add,
-                on_video=keep if wanted else None,
-                limit=config.limit,
-            )
+            with use_head_settings(model.tracker, settings) as in_force:
+                model.runs[benchmark.name] = (checkpoint, in_force)
+                evaluate(
+                    model.tracker,
+                    dataset,
+                    benchmark.query_mode,
+                    model=model.name,
+                    benchmark=benchmark.name,
+                    tags={"checkpoint": checkpoint, "head_settings": in_force},
+                    skip=known,
+                    on_row=store.add,
+                    on_video=keep if wanted else None,
+                    limit=config.limit,
+                )
         except EvaluationError as error:
             log.error("%s on %s: %s", model.name, benchmark.name, error)
             problems.append(error)
@@ -160,6 +200,7 @@ def _draw(batch: VideoBatch, tracks: Tracks, max_points: int = 32) -> Any:
 
 
 def _speed(config: DictConfig, models: list[Contender]) -> list[Row]:
+    """Speed does not belong to a benchmark: models are measured with their own settings."""
     rows = []
     settings = config.speed
     for model in models:
@@ -187,7 +228,7 @@ def _publish(
 ) -> None:
     """Table on the terminal, files in the folder, rows to every logger that is on."""
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
-    current = {model.checkpoint for model in models}
+    current = {checkpoint: model for model in models for checkpoint in model.checkpoints}
     order = {model.name: place for place, model in enumerate(models)}
     rows = [row for row in store.rows if row["checkpoint"] in current]
     summaries = sorted(
@@ -195,6 +236,10 @@ def _publish(
         key=lambda row: (row["benchmark"], order.get(row["model"], len(order))),
     )
     environment = describe_environment(config.device)
+    used = [
+        f"{model.name} on {where}: {text}" for model in models for where, (_, text) in model.runs.items() if text
+    ]
+    environment["head_settings"] = "; ".join(used) or None
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
     store.write_summary(environment=environment, config=plain, speed=speed)
     if summaries:
@@ -218,7 +263,8 @@ def _publish(
     if config.report and rows:
         path = write_report(
             output / "report.html",
-            rows,
+            # a model is one model, also where benchmarks give its head different settings
+            [{**row, "checkpoint": current[row["checkpoint"]].checkpoint} for row in rows],
             speed=speed,
             environment=environment,
             config=plain,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from trackbench.metrics import tapvid, to_metric_raster
 from trackbench.structures import QueryMode, Tracks, VideoBatch
 
 Row = dict[str, Any]
+HEAD_SETTINGS = ("memory_size", "visibility_threshold", "support_grid")  # need no other weights
 
 
 class Tracker(Protocol):
@@ -141,6 +143,65 @@ def evaluate(
     if failures:
         raise EvaluationError(rows, failures) from next(iter(failures.values()))
     return rows
+
+
+def head_settings_for(
+    tracker: object, published: Mapping[str, Any] | None, *, keep: Collection[str] = ()
+) -> dict[str, Any]:
+    """Which settings of a benchmark a tracker's head takes.
+
+    Args:
+        tracker: any tracker; heads without these settings, and trackers without a head, take none.
+        published: values of ``HEAD_SETTINGS``; ``when`` names attributes of the head, and the values they must
+            have for the rest to apply.
+        keep: names that the user has set, dotted (``head.memory_size``) or not; they stay.
+
+    Raises:
+        ValueError: an unknown setting, or a condition on something that heads with these settings do not have.
+    """
+    values = dict(published or {})
+    conditions = dict(values.pop("when", None) or {})
+    unknown = sorted(set(values) - set(HEAD_SETTINGS))
+    if unknown:
+        raise ValueError(
+            f"head_settings: unknown {', '.join(unknown)}; expected {', '.join(HEAD_SETTINGS)} or when"
+        )
+    head = getattr(tracker, "head", None)
+    if not all(hasattr(head, name) for name in HEAD_SETTINGS):
+        return {}
+    missing = sorted(name for name in conditions if not hasattr(head, name))
+    if missing:
+        raise ValueError(f"head_settings.when: {type(head).__name__} has no {', '.join(missing)}")
+    if any(getattr(head, name) != value for name, value in conditions.items()):
+        return {}
+    kept = {name.rsplit(".", 1)[-1] for name in keep}
+    return {name: value for name, value in values.items() if name not in kept}
+
+
+@contextmanager
+def use_head_settings(tracker: object, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Give a tracker's head other settings for a while.
+
+    Args:
+        tracker: its head must have what ``settings`` names.
+        settings: from :func:`head_settings_for`.
+
+    Yields:
+        All of ``HEAD_SETTINGS`` as they are in force, as text; empty for heads without them.
+    """
+    head = getattr(tracker, "head", None)
+    before = {name: getattr(head, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(head, name, value)
+        yield ", ".join(
+            f"{name}={'as trained' if getattr(head, name) is None else getattr(head, name)}"
+            for name in HEAD_SETTINGS
+            if hasattr(head, name)
+        )
+    finally:
+        for name, value in before.items():
+            setattr(head, name, value)
 
 
 def score(batch: VideoBatch, tracks: Tracks, query_mode: QueryMode) -> dict[str, float]:

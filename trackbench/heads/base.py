@@ -6,6 +6,8 @@ tracker converts pixels to cells and back, so a head never needs to know the siz
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor, nn
@@ -88,3 +90,58 @@ class Head(nn.Module):
     def step(self, state: Any, features: Tensor) -> FrameOutput:
         """Advance by one frame, features (B, C, h, w). ``state`` is changed in place."""
         raise NotImplementedError  # abstract
+
+    def pack_state(self, state: Any) -> dict[str, Any]:
+        """A state, a data class of tensors and ints, as a dict of copies.
+
+        Fields that are None are left out, and those with the metadata ``{"cache": True}``: what follows from the
+        weights alone.
+        """
+        content = {name: getattr(state, name) for name in _packed_fields(state)}
+        return {
+            name: value.detach().clone() if isinstance(value, Tensor) else value
+            for name, value in content.items()
+            if value is not None
+        }
+
+    def unpack_state(self, content: Mapping[str, Any], *, num_points: int) -> Any:
+        """The state that :meth:`pack_state` packed, for one video, on the device and with the dtype of this head.
+
+        Args:
+            content: what :meth:`pack_state` returned.
+            num_points: points in the state, without the support points that a head adds (``num_support``).
+
+        Raises:
+            ValueError: names, shapes or types that :meth:`start` of this head would not give.
+        """
+        state, like = self.start(1), next(self.parameters())
+        fresh = {name: getattr(state, name) for name in _packed_fields(state)}
+        num_support = content.get("num_support", 0)
+        total = num_points + (num_support if isinstance(num_support, int) else 0)
+        optional = {name for name, value in fresh.items() if value is None and total == 0}
+        if not fresh.keys() - optional <= content.keys() <= fresh.keys():
+            raise ValueError(f"head state must hold {sorted(fresh)}, got {sorted(content)}")
+        for name, value in content.items():
+            setattr(state, name, _unpacked(name, value, fresh[name], total, like))
+        return state
+
+
+def _packed_fields(state: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(state) if not field.metadata.get("cache")]
+
+
+def _unpacked(name: str, value: Any, fresh: Tensor | int | None, num_points: int, like: Tensor) -> Tensor | int:
+    """One field of a state, checked against that of an empty one; tensors are (1, N, ...)."""
+    if isinstance(fresh, int):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"head state's {name} must be a count, got {value!r}")
+        return value
+    if not isinstance(value, Tensor):
+        raise ValueError(f"head state's {name} must be a tensor, got {type(value).__name__}")
+    dtype = like.dtype if fresh is None else fresh.dtype
+    rest = value.shape[2:] if fresh is None else fresh.shape[2:]
+    if value.shape != (1, num_points, *rest):
+        raise ValueError(f"head state's {name} is {tuple(value.shape)}, expected {(1, num_points, *rest)}")
+    if value.dtype != dtype and not (value.is_floating_point() and dtype.is_floating_point):
+        raise ValueError(f"head state's {name} is {value.dtype}, expected {dtype}")
+    return value.detach().to(like.device, dtype, copy=True)

@@ -129,7 +129,7 @@ class AttentionBlock(_PostNormBlock):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, ignored: Tensor | None = None) -> Tensor:
         """(B, Q, C) from queries (B, Q, C), keys and values (B, K, C); ``ignored`` (B, K): masked keys."""
-        size = max(1, QUERIES_PER_CHUNK // key.shape[1])
+        size = max(1, QUERIES_PER_CHUNK // max(1, key.shape[1]))
         return by_chunks(self._attend, query, key, value, ignored, dim=0, size=size)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, ignored: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class MemoryState:
     occluded: Tensor
     frame: int = 0
     num_support: int = 0
-    position: Tensor | None = None
+    position: Tensor | None = field(default=None, metadata={"cache": True})
 
     @staticmethod
     def empty(batch_size: int, dim: int, context_slots: int, spatial_slots: int, like: Tensor) -> MemoryState:
