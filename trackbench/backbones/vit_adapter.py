@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from trackbench.backbones.base import Backbone
 from trackbench.backbones.vit import Block, VisionTransformer, load_dinov2_weights, normalize_images
-from trackbench.layers.deformable import DeformableAttention, Shapes, level_sizes
+from trackbench.layers.chunking import by_chunks
+from trackbench.layers.deformable import QUERIES_PER_CHUNK, DeformableAttention, Shapes, level_sizes
 
 NUM_INTERACTIONS = 4
 NUM_EXTRA_EXTRACTORS = 2
@@ -146,8 +147,12 @@ class Extractor(nn.Module):
     def forward(self, pyramid: Tensor, pyramid_grid: Grid, patches: Tensor, patch_grid: Grid) -> Tensor:
         """(n, S, dim) pyramid and (n, h * w, dim) patches -> pyramid."""
         centres = pyramid_grid.centres.expand(len(pyramid), -1, -1, -1)
-        query, value = self.query_norm(pyramid), self.feat_norm(patches)
-        pyramid = pyramid + self.attn(query, value, centres, patch_grid.shapes)
+        attend = self.attn.attention(pyramid.shape[1], self.feat_norm(patches), patch_grid.shapes)
+
+        def extract(tokens: Tensor, centres: Tensor) -> Tensor:
+            return tokens + attend(self.query_norm(tokens), centres)
+
+        pyramid = by_chunks(extract, pyramid, centres, dim=1, size=QUERIES_PER_CHUNK)
         return pyramid + self.ffn(self.ffn_norm(pyramid), pyramid_grid.shapes)
 
 
@@ -182,12 +187,19 @@ class Interaction(nn.Module):
         patch_grid: Grid,
         pyramid_grid: Grid,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Prefix (class) tokens, patches and pyramid, (n, ..., dim) each -> the same after ``blocks``."""
+        """Prefix (class) tokens, patches and pyramid, (n, ..., dim) each -> the same after ``blocks``.
+
+        The last interaction returns the finest level of the pyramid only.
+        """
         patches = self.injector(patches, patch_grid, pyramid, pyramid_grid)
         tokens = torch.cat([prefix, patches], dim=1)
         for block in blocks:
             tokens = block(tokens)
         prefix, patches = tokens.split([prefix.shape[1], patches.shape[1]], dim=1)
+        if self.extra_extractors is not None:
+            # nobody reads the coarser levels after the last interaction, and levels do not see each other in it
+            finest = pyramid_grid.shapes[:1]
+            pyramid, pyramid_grid = pyramid[:, : level_sizes(finest)[0]], Grid.of(finest, pyramid.device)
         pyramid = self.extractor(pyramid, pyramid_grid, patches, patch_grid)
         for extractor in self.extra_extractors or ():
             pyramid = extractor(pyramid, pyramid_grid, patches, patch_grid)
@@ -311,7 +323,7 @@ class ViTAdapter(Backbone):
             else:
                 prefix, patches, pyramid = interaction(*inputs)
         # where 8 does not divide the frame, the doubled map is a cell larger than the stride-4 one
-        doubled = self._double(pyramid[:, : level_sizes(shapes)[0]], shapes[0])
+        doubled = self._double(pyramid, shapes[0])
         doubled = doubled[:, :, : finest.shape[2], : finest.shape[3]]
         return self.norm1(doubled + finest)
 
@@ -321,10 +333,9 @@ class ViTAdapter(Backbone):
         Its stride is its kernel, so every token makes its own 2 x 2 cells: a linear layer and a change of order.
         """
         weight = self.up.weight.permute(2, 3, 1, 0).flatten(0, 2)
-        cells = F.linear(tokens, weight).unflatten(1, size).unflatten(-1, (2, 2, -1))
-        maps = rearrange(cells, "n h w p q c -> n (h p) (w q) c")
         assert self.up.bias is not None
-        return (maps + self.up.bias).permute(0, 3, 1, 2)
+        cells = F.linear(tokens, weight, self.up.bias.repeat(4)).unflatten(1, size).unflatten(-1, (2, 2, -1))
+        return rearrange(cells, "n h w p q c -> n (h p) (w q) c").permute(0, 3, 1, 2)
 
 
 def _init_weights(adapter: nn.Module) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from trackbench.heads.memory.masking import randomly_masked
 from trackbench.heads.memory.time_embedding import new_time_embedding, resize_time_embedding
 from trackbench.layers.attention import AttentionBlock
+from trackbench.layers.chunking import by_chunks
+from trackbench.layers.deformable import QUERIES_PER_CHUNK
 
 
 class FeatureDecoder(nn.Module):
@@ -25,9 +27,12 @@ class FeatureDecoder(nn.Module):
         self.linear4 = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """(B, S, D) -> (B, S, D)."""
+        return by_chunks(self._decode, tokens, dim=1, size=QUERIES_PER_CHUNK)
+
+    def _decode(self, tokens: Tensor) -> Tensor:
         for layer in (self.linear1, self.linear2, self.linear3):
-            tokens = F.relu(layer(tokens) + tokens)
+            tokens = F.relu(layer(tokens) + tokens, inplace=True)
         return self.linear4(tokens)
 
 
