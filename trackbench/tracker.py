@@ -412,7 +412,7 @@ class _ClipFeatures:
     they fit into ``KEEP_BYTES``: no frame is encoded twice unless room runs out. Others encode the clip at once.
     """
 
-    KEEP_BYTES = 2**30
+    KEEP_BYTES = 2**29
 
     def __init__(self, tracker: PointTracker, video: Tensor) -> None:
         self._tracker = tracker

@@ -163,7 +163,8 @@ def test_intermediate_values(model: tuple[ViTAdapter, MemoryHead], case: Arrays,
     head.add(state, initial, queries)
     for t in range(4):
         started = ~state.waiting[0]
-        details = head._advance(state, features[:, t])
+        with torch.enable_grad():  # correlations are kept for the loss only
+            details = head._advance(state, features[:, t])
         if t not in (0, 3):
             continue
         expect = {key.removeprefix(f"dbg{t}_"): value for key, value in case.items() if f"dbg{t}_" in key}

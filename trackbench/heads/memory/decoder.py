@@ -59,7 +59,7 @@ class QueryDecoder(nn.Module):
         )
 
     def forward(
-        self, query: Tensor, tokens: Tensor, waiting: Tensor, memory: Tensor, hidden: Tensor, recent: int
+        self, query: Tensor, tokens: Tensor, waiting: Tensor, memory: Tensor, hidden: Tensor, slots: int
     ) -> Tensor:
         """Decode the queries of one frame.
 
@@ -67,20 +67,18 @@ class QueryDecoder(nn.Module):
             query: (B, N, D).
             tokens: (B, h * w, D), the frame.
             waiting: (B, N) bool, queries that have not started: the others do not see them.
-            memory: (B, N, slots, D), context memory, newest last.
-            hidden: (B, N, slots) bool, slots that do not count.
-            recent: how many slots, from the newest on, can count at all; the rest is not even looked at.
+            memory: (B, N, n, D), the newest slots of the context memory, newest last.
+            hidden: (B, N, n) bool, slots that do not count.
+            slots: size of the whole memory, of which n slots may count.
 
         Returns:
             (B, N, D).
         """
         waiting = randomly_masked(waiting, self.mask_ratio if self.training else 0.0)
         hidden = randomly_masked(hidden, self.mask_ratio if self.training else 0.0)
-        slots = memory.shape[2]
-        used = min(recent, slots)
+        used = memory.shape[2]
         time = resize_time_embedding(self.time_embedding, slots)[:, slots - used :]
-        memory = memory[:, :, slots - used :].flatten(0, 1)
-        hidden = hidden[:, :, slots - used :].flatten(0, 1)
+        memory, hidden = memory.flatten(0, 1), hidden.flatten(0, 1)
         last = len(self.memory_to_query) - 1
         for i in range(last + 1):
             query = self.token_to_query[i](query, tokens, tokens)

@@ -7,12 +7,12 @@ map are given in cells here, so that the head works on the map of any backbone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trackbench.heads.base import FrameOutput, Head, HeadOutput, Target
 from trackbench.heads.memory.correlation import CorrelationMap, correlate
@@ -24,11 +24,13 @@ from trackbench.heads.memory.rerank import Reranking
 from trackbench.heads.memory.sampling import sample_clip
 from trackbench.heads.memory.spatial_memory import SpatialMemory
 from trackbench.heads.memory.state import MemoryState
+from trackbench.layers.chunking import by_chunks
 from trackbench.losses import TrackOnLoss
 
+MAPS_PER_CHUNK = 64  # correlations that exist at a time on the CPU without gradients
 
-@dataclass
-class FrameDetails:
+
+class FrameDetails(NamedTuple):
     """Everything that one frame yields for N points, in cells.
 
     Attributes:
@@ -39,7 +41,7 @@ class FrameDetails:
         offsets: (B, N, layers, 2), from that centre, after each layer of the offset head.
         candidates: (B, N, K, 2), centres of the cells that were re-ranked.
         candidate_logits: (B, N, K), that a candidate is wrong.
-        coarse: (B, N, h * w), first correlation.
+        coarse: (B, N, h * w), first correlation; only where gradients are recorded, likewise the next.
         fine: (B, N, h * w), correlation after re-ranking.
     """
 
@@ -50,8 +52,8 @@ class FrameDetails:
     offsets: Tensor
     candidates: Tensor
     candidate_logits: Tensor
-    coarse: Tensor
-    fine: Tensor
+    coarse: Tensor | None
+    fine: Tensor | None
 
 
 class MemoryHead(Head):
@@ -78,6 +80,7 @@ class MemoryHead(Head):
         matcher_start: initialise as a plain matcher of the features, for short trainings from pretrained features
             (see :func:`trackbench.heads.memory.initialisation.start_as_matcher`); False: as published.
         dropout: of all blocks.
+        checkpointing: recompute each frame's activations in the backward pass instead of keeping them.
         memory_mask_ratio: share of memory slots and query neighbours that training hides at random.
         loss: None: :class:`TrackOnLoss` as published.
 
@@ -108,6 +111,7 @@ class MemoryHead(Head):
         matcher_start: bool = False,
         dropout: float = 0.1,
         memory_mask_ratio: float = 0.1,
+        checkpointing: bool = False,
         loss: TrackOnLoss | None = None,
     ) -> None:
         super().__init__()
@@ -119,6 +123,8 @@ class MemoryHead(Head):
         self.input_scale = input_scale
         self.support_grid = support_grid
         self.scrambled_rerank_level = scrambled_rerank_level
+        self.checkpointing = checkpointing
+        self.static_shapes = False
         self._loss = TrackOnLoss() if loss is None else loss
 
         self.token_projection = nn.Conv2d(in_dim, dim, kernel_size=1)
@@ -221,38 +227,65 @@ class MemoryHead(Head):
 
     def _advance(self, state: MemoryState, features: Tensor) -> FrameDetails:
         """One frame, for all points of the state, support points included."""
-        h, w = features.shape[-2:]
         if state.frame == 0 and self.support_grid and not self.training:
             self._add_support(state, features)
         if state.position is None:
+            h, w = features.shape[-2:]
             state.position = self._position((h, w)).flatten(2).transpose(1, 2).contiguous()
-        content = (self.input_scale * features if self.input_scale != 1.0 else features).flatten(2).transpose(1, 2)
-        tokens = self._project(content) + state.position
+        inputs = (
+            features,
+            state.position,
+            state.query,
+            state.waiting,
+            *state.recent_context(whole=self.static_shapes),
+            *state.recent_spatial(whole=self.static_shapes),
+            (state.context.shape[2], state.spatial.shape[2]),
+        )
+        if self.checkpointing and torch.is_grad_enabled():
+            details, query, written = checkpoint(self._frame, *inputs, use_reentrant=False)
+        else:
+            details, query, written = self._frame(*inputs)
+        state.remember(query, written, details.visible_logit.sigmoid() < self.visibility_threshold)
+        return details
+
+    def _frame(
+        self,
+        features: Tensor,
+        position: Tensor,
+        initial: Tensor,
+        waiting: Tensor,
+        context: Tensor,
+        hidden: Tensor,
+        spatial: Tensor,
+        ignored: Tensor,
+        slots: tuple[int, int],
+    ) -> tuple[FrameDetails, Tensor, Tensor]:
+        """One frame as a function of tensors: its details, and the new slots (B, N, D) of both memories."""
+        h, w = features.shape[-2:]
+        content = self.input_scale * features if self.input_scale != 1.0 else features
+        tokens = self._project(content.flatten(2).transpose(1, 2)) + position
         decoded = build_pyramid(self.feature_decoder(tokens), (h, w), self.levels)
         compared = CorrelationMap.of(decoded, self.corr_layer.weight)
-        recent = state.frame
-        query = self.sm_query_updater.update(state.query, state.spatial, state.ignored_by_spatial, recent)
-        query = self.query_decoder(query, tokens, state.waiting, state.context, state.ignored_by_context, recent)
+        query = self.sm_query_updater.update(initial, spatial, ignored, slots[1])
+        query = self.query_decoder(query, tokens, waiting, context, hidden, slots[0])
         query = self.projection1(query)
 
-        coarse = correlate(query, compared)
-        best = coarse.topk(min(self.num_candidates, h * w), dim=-1).indices
+        coarse, best = self._best_cells(query, compared, min(self.num_candidates, h * w))
         candidates = _centres(best, w)
         local = scramble_last_level(decoded) if self.scrambled_rerank_level else decoded
         query, candidate_logits = self.rerank_module(query, local, _reference(candidates, h, w))
 
         projected = self.projection2(query)
-        fine = correlate(projected, compared)
-        centre = _centres(fine.argmax(dim=-1), w)
+        fine, best = self._best_cells(projected, compared, 1)
+        centre = _centres(best[..., 0], w)
         offsets = self.offset_head(projected, decoded, _reference(centre, h, w)[:, :, None])
         xy = centre + offsets[:, :, -1]
         found = _reference(xy, h, w)[:, :, None]
         visible_logit, uncertain_logit = self.visibility_head(query, decoded, found)
 
         raw = build_pyramid(tokens, (h, w), self.levels)
-        written = self.sm_query_updater.write(query, state.query, raw, found)
-        state.remember(query, written, visible_logit.sigmoid() < self.visibility_threshold)
-        return FrameDetails(
+        written = self.sm_query_updater.write(query, initial, raw, found)
+        details = FrameDetails(
             xy=xy,
             visible_logit=visible_logit,
             uncertain_logit=uncertain_logit,
@@ -263,6 +296,22 @@ class MemoryHead(Head):
             coarse=coarse,
             fine=fine,
         )
+        return details, query, written
+
+    @staticmethod
+    def _best_cells(query: Tensor, compared: CorrelationMap, count: int) -> tuple[Tensor | None, Tensor]:
+        """Correlation (B, N, h * w), which only the loss needs, and its best cells (B, N, count), best first."""
+
+        def best(correlation: Tensor) -> Tensor:
+            if count == 1:
+                return correlation.argmax(dim=-1, keepdim=True)
+            return correlation.topk(count, dim=-1).indices
+
+        if torch.is_grad_enabled():
+            correlation = correlate(query, compared)
+            return correlation, best(correlation)
+        size = MAPS_PER_CHUNK
+        return None, by_chunks(lambda part: best(correlate(part, compared)), query, dim=1, size=size)
 
     def _add_support(self, state: MemoryState, features: Tensor) -> None:
         """Put a regular grid of points on the first frame, a 64th of the width away from its borders."""
@@ -277,11 +326,9 @@ class MemoryHead(Head):
 
     @staticmethod
     def _shed(details: FrameDetails, state: MemoryState) -> dict[str, Tensor]:
-        """What a clip keeps of a frame: no support points, and the correlations only for the loss."""
-        kept = {name: value[:, state.num_support :] for name, value in vars(details).items()}
-        if not torch.is_grad_enabled():
-            del kept["coarse"], kept["fine"]
-        return kept
+        """What a clip keeps of a frame: no support points."""
+        found = details._asdict().items()
+        return {name: value[:, state.num_support :] for name, value in found if value is not None}
 
     def _stack(self, frames: list[dict[str, Tensor]], size: torch.Size) -> HeadOutput:
         extra: dict[str, Any] = {name: torch.stack([frame[name] for frame in frames], dim=2) for name in frames[0]}

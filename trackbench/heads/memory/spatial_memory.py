@@ -48,25 +48,23 @@ class SpatialMemory(nn.Module):
         self.augment_layer = nn.Linear(2 * dim, dim)
         self.query_residual = nn.Linear(dim, dim)
 
-    def update(self, query: Tensor, memory: Tensor, ignored: Tensor, recent: int) -> Tensor:
+    def update(self, query: Tensor, memory: Tensor, ignored: Tensor, slots: int) -> Tensor:
         """Bring the initial queries up to date.
 
         Args:
             query: (B, N, D), as sampled in the query frames.
-            memory: (B, N, slots, D), newest last.
-            ignored: (B, N, slots) bool: from before the query frame, or occluded.
-            recent: how many slots, from the newest on, can count at all.
+            memory: (B, N, n, D), the newest slots, newest last.
+            ignored: (B, N, n) bool: from before the query frame, or occluded.
+            slots: size of the whole memory, of which n slots may count.
 
         Returns:
             (B, N, D); queries whose slots are all ignored come back as they were.
         """
-        slots = memory.shape[2]
-        used = min(recent, slots)
+        used = memory.shape[2]
         if used == 0:
             return query
-        ignored = randomly_masked(ignored, self.mask_ratio if self.training else 0.0)
-        ignored = ignored[:, :, slots - used :].flatten(0, 1)
-        memory = memory[:, :, slots - used :].flatten(0, 1)
+        ignored = randomly_masked(ignored, self.mask_ratio if self.training else 0.0).flatten(0, 1)
+        memory = memory.flatten(0, 1)
         time = resize_time_embedding(self.time_embedding, slots)
         past, now = time[:, slots - used : slots], time[:, slots:]
         timed = memory + past

@@ -55,15 +55,27 @@ class MemoryState:
         """(B, N) bool: points whose query frame still lies in the future."""
         return self.start > self.frame
 
-    @property
-    def ignored_by_context(self) -> Tensor:
-        """(B, N, context slots) bool: slots from before the point's start."""
-        return self.hidden[:, :, -self.context.shape[2] :]
+    def recent_context(self, *, whole: bool) -> tuple[Tensor, Tensor]:
+        """What the query decoder reads.
 
-    @property
-    def ignored_by_spatial(self) -> Tensor:
-        """(B, N, spatial slots) bool: slots from before the point's start, or where it was occluded."""
-        return (self.hidden | self.occluded)[:, :, -self.spatial.shape[2] :]
+        Args:
+            whole: all slots, so that shapes stay the same from frame to frame; else only those that a frame of
+                this stream has written.
+
+        Returns:
+            Slots (B, N, n, D), newest last, and (B, N, n) bool, those from before the point's start.
+        """
+        n = self._num_recent(self.context, whole)
+        return self.context[:, :, self.context.shape[2] - n :], self.hidden[:, :, self.hidden.shape[2] - n :]
+
+    def recent_spatial(self, *, whole: bool) -> tuple[Tensor, Tensor]:
+        """What the query updater reads: as above, but slots where the point was occluded count as hidden too."""
+        n = self._num_recent(self.spatial, whole)
+        ignored = self.hidden | self.occluded
+        return self.spatial[:, :, self.spatial.shape[2] - n :], ignored[:, :, ignored.shape[2] - n :]
+
+    def _num_recent(self, memory: Tensor, whole: bool) -> int:
+        return memory.shape[2] if whole else min(self.frame, memory.shape[2])
 
     def add(self, query: Tensor, start: Tensor, *, support: bool = False) -> None:
         """Append points with empty memories, or put support points in front."""
