@@ -73,6 +73,15 @@ class PointTracker(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Let ``torch.compile`` take the backbone and the head; arguments are those of ``torch.compile``.
+
+        Shapes depend on the number of points and the size of the maps only, so a video costs one compilation each,
+        and ``mode="reduce-overhead"`` (CUDA graphs) works frame by frame.
+        """
+        self.backbone.compile(*args, **{"dynamic": False, **kwargs})
+        self.head.compile(*args, **kwargs)
+
     def prepare(self, video: Tensor) -> Tensor:
         """(B, T, 3, H, W) uint8 in [0, 255] -> float in [0, 1] at the input size."""
         if video.dtype != torch.uint8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def train(config: DictConfig) -> float | None:
         lr_scales=config.get("lr_scales"),
     )
     data = instantiate(config.data)
+    lengths = epoch_lengths(config, data)
     if config.get("validation"):
         benchmark = compose_config(
             "eval", [f"benchmark={config.validation}", f"query_mode={config.query_mode}"]
@@ -68,6 +70,7 @@ def train(config: DictConfig) -> float | None:
     loggers = _loggers(config)
     trainer: pl.Trainer = instantiate(
         config.trainer,
+        **lengths,
         logger=loggers,
         callbacks=[instantiate(node) for node in config.callbacks.values() if node is not None],
         use_distributed_sampler=False,
@@ -83,6 +86,29 @@ def train(config: DictConfig) -> float | None:
             if isinstance(logger, WandbLogger):
                 logger.experiment.finish()
     return _best(trainer, config.monitor)
+
+
+def epoch_lengths(config: DictConfig, data: pl.LightningDataModule) -> dict[str, int]:
+    """What ``epochs`` means to the trainer: ``max_steps`` (optimiser steps) and ``val_check_interval`` (batches).
+
+    Training data has no end here, so an epoch is as many batches of all ranks as hold every clip once.
+
+    Raises:
+        ValueError: ``epochs`` is given and the data does not say how many clips it has.
+    """
+    if config.get("epochs") is None:
+        return {}
+    data.setup("fit")
+    count = getattr(data, "num_training_clips", None)
+    if count is None:
+        raise ValueError(
+            f"epochs={config.epochs}: {type(data).__name__} has no size; give trainer.max_steps instead"
+        )
+    world_size = instantiate(config.trainer, logger=False, enable_checkpointing=False).world_size
+    batches = math.ceil(count / (config.data.batch_size * world_size))
+    steps = math.ceil(config.epochs * batches / config.trainer.accumulate_grad_batches)
+    log.info("%s epochs of %d clips on %d ranks: %d steps", config.epochs, count, world_size, steps)
+    return {"max_steps": steps, "val_check_interval": batches}
 
 
 def resolve_checkpoint(config: DictConfig) -> str | None:

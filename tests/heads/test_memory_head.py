@@ -350,3 +350,44 @@ def test_half_precision_autocast_stays_close_and_keeps_geometry_in_float32() -> 
     assert rounded["xy"].dtype == rounded["visibility"].dtype == torch.float32
     assert rounded["xy"].isfinite().all()
     torch.testing.assert_close(rounded["visibility"][:, 0, 0], exact["visibility"][:, 0, 0], atol=0.1, rtol=0)
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        head = tiny(dropout=0.1, memory_mask_ratio=0.3, checkpointing=checkpointing).train()
+        torch.manual_seed(1)  # the clip, dropout and random masks
+        extra = head(clip(batch=2), points((0, 3, 4), (2, 9, 9)).expand(2, -1, -1))["extra"]
+        (extra["xy"].square().mean() + extra["visible_logit"].mean() + extra["coarse"].square().mean()).backward()
+        gradients.append({name: p.grad for name, p in head.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_one_compilation_serves_a_video() -> None:
+    head = tiny(memory_size=3, support_grid=2)
+    features, queries = clip(frames=7), points((0, 3, 4), (2, 9, 9), (4, 10.5, 1))
+    with torch.no_grad():
+        expected = head(features, queries)
+        torch._dynamo.reset()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        head.compile(backend="eager")
+        output = head(features, queries)
+    assert counters["stats"]["unique_graphs"] == 1  # fullgraph=True: there are no breaks either
+    torch.testing.assert_close(output["xy"], expected["xy"], atol=1e-5, rtol=0)
+    assert torch.equal(output["visible"], expected["visible"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_graphs_take_the_frame_step() -> None:
+    head = tiny(memory_size=3).cuda()
+    features, queries = clip(frames=7).cuda(), points((0, 3, 4), (2, 9, 9)).cuda()
+    with torch.no_grad():
+        expected = head(features, queries)
+        head.compile(mode="reduce-overhead")
+        state = head.start(1)
+        head.add(state, head._sample(features, queries[..., 0].long(), queries[..., 1:]), queries)
+        found = torch.stack([head.step(state, features[:, t]).xy for t in range(7)], dim=2)
+    torch.testing.assert_close(found, expected["xy"], atol=1e-3, rtol=0)

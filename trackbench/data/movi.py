@@ -216,6 +216,11 @@ class MoviFDataModule(pl.LightningDataModule):
         held_out = sorted(np.random.default_rng(_HELD_OUT).permutation(count)[:wanted].tolist())
         return sorted(set(range(count)) - set(held_out)), held_out
 
+    @property
+    def num_training_clips(self) -> int:
+        """Clips of an epoch, one of each sequence, over all ranks; 0 before ``setup``."""
+        return 0 if self.train_clips is None else len(self.train_clips.indices)
+
     def train_dataloader(self) -> DataLoader[VideoBatch]:
         """Training batches from where the trainer is, on this rank."""
         self.setup()

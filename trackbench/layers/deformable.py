@@ -54,14 +54,31 @@ def _corners(locations: Tensor, weights: Tensor, shapes: Shapes) -> tuple[Tensor
     return torch.stack(rows, dim=3).flatten(3), torch.stack(scales, dim=3).flatten(3)
 
 
-@lru_cache(maxsize=64)
 def _level_geometry(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Height, width and first row of every level, (L, 1) int64 each; kept, since copying them would sync."""
+    """Height, width and first row of every level, (L, 1) int64 each, made on the device: copying would sync."""
+    if torch.compiler.is_compiling():
+        return _make_level_geometry(shapes, device)
+    return _kept_level_geometry(shapes, device)
+
+
+def _make_level_geometry(
+    shapes: tuple[tuple[int, int], ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    height, width = (
+        torch.stack([torch.full((1,), shape[axis], dtype=torch.int64, device=device) for shape in shapes])
+        for axis in (0, 1)
+    )
+    area = height * width
+    return height, width, area.cumsum(0) - area
+
+
+@lru_cache(maxsize=64)
+def _kept_level_geometry(
+    shapes: tuple[tuple[int, int], ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     # made outside of inference mode, so that later training steps may use the kept tensors too
     with torch.inference_mode(False):
-        height, width = torch.tensor(shapes, device=device).T[..., None]
-        first = torch.tensor([0, *level_sizes(shapes)[:-1]], device=device).cumsum(0)[:, None]
-    return height, width, first
+        return _make_level_geometry(shapes, device)
 
 
 def _neighbours(coordinate: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -88,10 +88,20 @@ def _sizes(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return [pair for rows, columns in shapes[1:] for pair in ((rows, h), (columns, w))]
 
 
-@lru_cache(maxsize=64)
 def _enlarging(size: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(target, size): bilinear interpolation along one axis, half-pixel centres; kept, as copying would sync."""
+    """(target, size): bilinear interpolation along one axis, half-pixel centres, made on the device."""
+    if torch.compiler.is_compiling():
+        return _make_enlarging(size, target, dtype, device)
+    return _kept_enlarging(size, target, dtype, device)
+
+
+def _make_enlarging(size: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    identity = torch.eye(size, dtype=dtype, device=device)[None]
+    return F.interpolate(identity, size=target, mode="linear", align_corners=False)[0].T.contiguous()
+
+
+@lru_cache(maxsize=64)
+def _kept_enlarging(size: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     # made outside of inference mode, so that later training steps may use the kept tensor too
     with torch.inference_mode(False), torch.no_grad():
-        identity = torch.eye(size, dtype=dtype, device=device)[None]
-        return F.interpolate(identity, size=target, mode="linear", align_corners=False)[0].T.contiguous()
+        return _make_enlarging(size, target, dtype, device)

@@ -173,6 +173,16 @@ class MemoryHead(Head):
         time = torch.zeros(xy.shape[:2], dtype=torch.int64, device=xy.device)
         return self._sample(features[:, None], time, xy)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Let ``torch.compile`` take the step of a frame, and ``forward`` with it.
+
+        From then on all slots of the memories are read in every frame, written or not, so that shapes depend on
+        the number of points only: one compilation serves a whole video. Arguments are those of ``torch.compile``.
+        """
+        self.static_shapes = True
+        frame = torch.compile(self._frame, *args, **{"dynamic": False, "fullgraph": True, **kwargs})
+        object.__setattr__(self, "_frame", frame)
+
     def start(self, batch_size: int) -> MemoryState:
         """A state without points, with the memory sizes of training or evaluation."""
         trained = self.trained_memory_size
@@ -192,6 +202,7 @@ class MemoryHead(Head):
         """Advance by one frame, features (B, C, h, w)."""
         details = self._advance(state, features)
         xy, logit = details.xy[:, state.num_support :], details.visible_logit[:, state.num_support :]
+        xy = xy.clone() if self.static_shapes else xy  # the next replay of a CUDA graph overwrites its outputs
         visibility = logit.sigmoid()
         return FrameOutput(xy, visibility, visibility > self.visibility_threshold)
 
