@@ -159,11 +159,15 @@ def endless_loader(
 
 
 class OwnShare(DistributedSampler[Any]):
-    """Every ``world_size``-th sample, none twice. Lightning leaves a ``DistributedSampler`` as it is."""
+    """Every ``world_size``-th sample, none twice. Lightning leaves a ``DistributedSampler`` as it is.
+
+    With fewer samples than ranks the ranks beyond get one of another's: Lightning cannot validate on nothing, and
+    :class:`~trackbench.metrics.TapVidMetric` counts a video once.
+    """
 
     def __init__(self, dataset: Dataset[VideoBatch], length: int, rank: int, world_size: int) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
-        self.share = range(rank, length, world_size)
+        self.share = range(rank, length, world_size) or range(rank % max(length, 1), length, world_size)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.share)
@@ -181,7 +185,8 @@ def evaluation_loader(
 ) -> DataLoader[VideoBatch]:
     """A validation loader: each sample once, in order, every ``world_size``-th of them on this rank.
 
-    No sample is repeated to even out the ranks, so the last ranks may have one sample less. Batches are cut
+    No sample is repeated to even out the ranks, so the last ranks may have one sample less; only a rank that
+    would have none repeats one. Batches are cut
     to the smallest number of points among their samples (:meth:`VideoBatch.collate`): leave ``batch_size`` at
     1 where videos differ in that.
 
