@@ -157,6 +157,8 @@ def test_windows_fit(size: tuple[int, int]) -> None:
         y0, x0, y1, x1 = sampling.random_window(rng, *size)
         assert 0 <= y0 < y1 <= size[0]
         assert 0 <= x0 < x1 <= size[1]
+        assert y0 == 0 or y1 < size[0]  # as published, the last possible offset is never drawn
+        assert x0 == 0 or x1 < size[1]
         assert (y1 - y0) * (x1 - x0) >= 0.3 * size[0] * size[1]
 
 
@@ -279,17 +281,14 @@ def test_snapped_queries_ask_for_the_occluder(data_fixtures: Path, seed: int) ->
     assert (near[moved] < 0.95 * far[moved]).all()
 
 
-def test_snapped_queries_stay_in_the_window() -> None:
-    scene = flat_scene((4, 4, 4))
-    scene["depth"][:, :, 2:] = 60000  # far: the right half of the frame, just outside the window
-    window = (0, 0, 4, 2)
-    queries = np.array([(0, 1, 1)])
-    arrays = {key: np.asarray(value) for key, value in scene.items()}
-    near = sampling.decode_depth(scene["depth"][0, 1, 1:2], scene["depth_range"])
-    jitter, chosen = np.array([[1, 1]]), np.array([True])
-    assert sampling._snap(arrays, queries, near, jitter, chosen, window).tolist() == [[0, 1, 1]]
-    assert sampling._snap(arrays, queries, near, jitter, chosen, (0, 0, 4, 4)).tolist() == [[0, 2, 2]]
-    assert sampling._snap(arrays, queries, near, jitter, ~chosen, (0, 0, 4, 4)).tolist() == [[0, 1, 1]]
+@pytest.mark.parametrize("official_quirks", [False, True])
+def test_snapped_queries_stay_in_the_window(monkeypatch: pytest.MonkeyPatch, official_quirks: bool) -> None:
+    scene = flat_scene((4, 8, 8))
+    scene["depth"][:, :, 4:] = 60000  # far
+    monkeypatch.setattr(sampling, "random_window", lambda *_: (0, 0, 8, 4))  # the near half
+    settings: dict[str, Any] = {"stride": 1, "max_sampled_frac": 1, "random_crop": True, "snap_to_occluder": True}
+    sample = sample_tracks(scene, 500, np.random.default_rng(0), official_quirks=official_quirks, **settings)
+    assert (sample.queries[:, 1] > 8).any() == official_quirks
 
 
 @pytest.mark.parametrize("name", ["a64", "b96"])
