@@ -5,37 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trackbench.layers.temporal import LocalAttention, TemporalAdapter, local_attention
-
-
-def brute_force(q: Tensor, k: Tensor, v: Tensor, window: int, causal: bool) -> Tensor:
-    """Frame by frame, with the keys in its window cut out."""
-    T, reach = q.shape[2], window // 2
-    frames = []
-    for i in range(T):
-        seen = slice(max(0, i - reach), i + 1 if causal else i + reach + 1)
-        weights = ((q[:, :, i : i + 1] * k[:, :, seen]).sum(-1) / q.shape[-1] ** 0.5).softmax(-1)
-        frames.append((weights[..., None] * v[:, :, seen]).sum(2))
-    return torch.stack(frames, dim=2)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [1, 5, 6, 13])
-@pytest.mark.parametrize("num_frames", [1, 4, 13, 36, 37, 61, 150])
-def test_local_attention_is_brute_force(num_frames: int, window: int, causal: bool) -> None:
-    q, k, v = (torch.randn(2, 3, num_frames, 4, dtype=torch.float64) for _ in range(3))
-    expected = brute_force(q, k, v, window, causal)
-    torch.testing.assert_close(local_attention(q, k, v, window, causal), expected)
-
-
-@pytest.mark.parametrize("num_frames", [10, 101])
-def test_local_attention_gradients_are_brute_force(num_frames: int) -> None:
-    inputs = [torch.randn(1, 2, num_frames, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    weight = torch.randn(1, 2, num_frames, 4, dtype=torch.float64)
-    ours = torch.autograd.grad((local_attention(*inputs, 13) * weight).sum(), inputs)
-    theirs = torch.autograd.grad((brute_force(*inputs, 13, False) * weight).sum(), inputs)
-    for actual, expected in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(actual, expected)
+from trackbench.layers.temporal import LocalAttention, Moments, TemporalAdapter
 
 
 def trained_adapter(**options: object) -> TemporalAdapter:
@@ -69,7 +39,7 @@ def test_causal_adapter_does_not_look_ahead() -> None:
     adapter = trained_adapter(window=5, norm="frame", causal=True)
     maps = torch.randn(1, 9, 6, 8, 8)
     torch.testing.assert_close(adapter(maps)[:, :4], adapter(maps[:, :4]))
-    assert (adapter.context, adapter.lookahead) == (2, 0)
+    assert adapter.lookahead == 0
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (2, 3)])
@@ -80,25 +50,86 @@ def test_maps_that_the_pool_does_not_divide(size: tuple[int, int]) -> None:
     assert result.isfinite().all()
 
 
+def in_pieces(adapter: TemporalAdapter, maps: Tensor, sizes: list[int], overwrite: bool = False) -> Tensor:
+    """The adapter on a clip cut into pieces; ``overwrite`` spoils a piece as soon as its result is there."""
+    pieces = list(maps.clone().split(sizes, dim=1))
+    moments = Moments()
+    if adapter.norm_over == "clip":
+        for piece in pieces:
+            moments.update(piece)
+    results = []
+    for index, pooled in enumerate(adapter.attend_chunks(iter(pieces), moments)):
+        results.append(adapter.decode(pooled, maps.shape[-2], maps.shape[-1]))
+        if overwrite:
+            pieces[index].fill_(1e6)
+    assert [result.shape[1] for result in results] == sizes
+    return torch.cat(results, dim=1)
+
+
+@pytest.mark.parametrize("norm", ["clip", "frame", "running"])
+@pytest.mark.parametrize("sizes", [[23], [1] * 23, [8, 8, 7], [2, 15, 1, 5]])
+def test_pieces_equal_clip(sizes: list[int], norm: str) -> None:
+    adapter = trained_adapter(window=9, norm=norm).double()
+    maps = torch.randn(2, 23, 6, 8, 12, dtype=torch.float64) + torch.arange(23)[:, None, None, None]
+    pieces = in_pieces(adapter, maps, sizes, overwrite=True)
+    torch.testing.assert_close(pieces, adapter(maps), atol=1e-10, rtol=0)
+
+
+def test_moments_of_pieces_are_those_of_the_clip() -> None:
+    """In float32 frames with an offset that E[x^2] - E[x]^2 would not survive."""
+    maps = torch.randn(2, 40, 6, 5, 7) * 3 + 1000 + torch.arange(40)[:, None, None, None]
+    moments = Moments()
+    for piece in maps.split(7, dim=1):
+        moments.update(piece)
+    flat = maps.double().flatten(1)
+    torch.testing.assert_close(moments.mean, flat.mean(dim=1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(moments.variance, flat.var(dim=1, correction=0), atol=0, rtol=1e-5)
+
+
+def test_running_norm_takes_the_frames_so_far() -> None:
+    maps = torch.randn(2, 9, 6, 4, 5, dtype=torch.float64) + torch.arange(9)[:, None, None, None]
+    moments = Moments()
+    means, variances = (
+        torch.cat(x, dim=1) for x in zip(*map(moments.update, maps.split([2, 4, 3], 1)), strict=True)
+    )
+    for t in range(9):
+        past = maps[:, : t + 1].flatten(1)
+        torch.testing.assert_close(means[:, t], past.mean(dim=1))
+        torch.testing.assert_close(variances[:, t], past.var(dim=1, correction=0))
+    first = trained_adapter(norm="running", causal=True).double()
+    clip = trained_adapter(norm="clip").double()
+    clip.load_state_dict(first.state_dict())
+    torch.testing.assert_close(first(maps)[:, :1], clip(maps[:, :1]))
+
+
+@pytest.mark.parametrize("norm", ["frame", "running"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("num_frames", [1, 3, 6, 23])
-def test_stream_equals_clip(num_frames: int, causal: bool) -> None:
-    adapter = trained_adapter(window=9, norm="frame", causal=causal)
+def test_stream_equals_clip(num_frames: int, causal: bool, norm: str) -> None:
+    adapter = trained_adapter(window=9, norm=norm, causal=causal)
     maps = torch.randn(2, num_frames, 6, 8, 12)
     stream = adapter.stream()
     ready = [stream.push(frame) for frame in maps.unbind(1)]
-    if causal:
-        assert [len(results) for results in ready] == [1] * num_frames
+    lookahead = adapter.lookahead
+    assert lookahead == (0 if causal else 4)
+    assert [len(results) for results in ready] == [int(t >= lookahead) for t in range(num_frames)]
     results = [result for results in ready for result in results] + stream.flush()
     torch.testing.assert_close(torch.stack(results, dim=1), adapter(maps), atol=1e-5, rtol=0)
 
 
-def test_stream_memory_is_one_window() -> None:
-    stream = trained_adapter(window=5, norm="frame").stream()
-    for _ in range(30):
-        stream.push(torch.randn(1, 6, 4, 4))
-    assert len(stream.keys_values) <= 5
-    assert len(stream.pending) == 2
+def test_stream_without_frames() -> None:
+    assert trained_adapter(norm="frame").stream().flush() == []
+
+
+def test_checkpointing_leaves_gradients_as_they_are() -> None:
+    plain = trained_adapter(window=5).double()
+    saving = TemporalAdapter(6, hidden=8, heads=2, window=5, checkpointing=True).double()
+    saving.load_state_dict(plain.state_dict())
+    maps = torch.randn(1, 7, 6, 8, 8, dtype=torch.float64)
+    for adapter in (plain, saving):
+        adapter(maps).square().sum().backward()
+    for ours, theirs in zip(saving.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_trains_on_channels_last_input_without_gradient() -> None:
@@ -121,3 +152,7 @@ def test_refusals() -> None:
         LocalAttention(6, heads=4)
     with pytest.raises(ValueError, match="window"):
         LocalAttention(8, heads=4, window=0)
+    with pytest.raises(ValueError, match="backend"):
+        TemporalAdapter(8, attention_backend="flash")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="whole clip must be counted"):
+        next(TemporalAdapter(8).attend_chunks([torch.zeros(1, 1, 8, 4, 4)], Moments()))

@@ -19,7 +19,7 @@ from trackbench.backbones.chrono import ChronoBackbone
 from trackbench.backbones.vit import DinoV2
 from trackbench.heads.base import HeadOutput, Target
 from trackbench.heads.correlation import CorrelationHead, sample_trilinear
-from trackbench.layers.temporal import LocalAttention, TemporalAdapter
+from trackbench.layers.temporal import LocalAttention, Moments, TemporalAdapter
 from trackbench.weights import map_chrono_keys
 
 RASTER = 256
@@ -115,6 +115,13 @@ def test_adapter_alone(chrono_fixtures: Path) -> None:
     adapter.load_state_dict({key[2:]: as_tensor(arrays[key]) for key in arrays.files if key.startswith("w.")})
     maps = as_tensor(arrays["x"]).float().transpose(1, 2)
     close(adapter(maps).transpose(1, 2), arrays["y"], atol=1e-4)
+
+    pieces = maps.split(7, dim=1)
+    moments = Moments()
+    for piece in pieces:
+        moments.update(piece)
+    deltas = [adapter.decode(pooled, *maps.shape[-2:]) for pooled in adapter.attend_chunks(pieces, moments)]
+    close(torch.cat(deltas, dim=1).transpose(1, 2), arrays["y"], atol=1e-4)
 
 
 @pytest.mark.parametrize("case", range(3))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from trackbench.backbones.base import Backbone
 class StagedBackbone(Backbone):
     """A frame-by-frame backbone in stages.
 
-    A state holds n frames on their way; it is not changed in place, every method returns a new one.
+    A state holds n frames on their way; it is not changed in place, every method returns a new one. It is a
+    dataclass, the type that :meth:`begin` says it returns, of integers, tensors whose first dimension is n, and
+    tuples of them.
 
     Args:
         dim: channels of the features.
@@ -54,6 +58,19 @@ class StagedBackbone(Backbone):
         """The features (n, dim, h, w) after the last stage."""
         raise NotImplementedError  # abstract
 
+    def pack(self, state: Any) -> dict[str, Any]:
+        """Copy a state into dicts and lists of tensors and integers."""
+        return {field.name: _pack(getattr(state, field.name)) for field in dataclasses.fields(state)}
+
+    def unpack(self, content: Mapping[str, Any]) -> Any:
+        """The state behind :meth:`pack`, on the device of this backbone. Raises ValueError where it is none."""
+        kind = get_type_hints(type(self).begin)["return"]
+        names = {field.name for field in dataclasses.fields(kind)}
+        if set(content) != names:
+            raise ValueError(f"{kind.__name__} must hold {sorted(names)}, got {sorted(content)}")
+        device = next(self.parameters()).device
+        return kind(**{name: _unpack(value, device) for name, value in content.items()})
+
     def chunks(self, video: Tensor) -> list[Tensor]:
         """Frames of (B, T, 3, H, W) in pieces (n, 3, H, W) to run at once, sample by sample."""
         frames = video.flatten(0, 1)
@@ -69,3 +86,15 @@ class StagedBackbone(Backbone):
         for index in range(len(self.stage_dims)):
             state = self.run_stage(index, state)
         return self.finish(state)
+
+
+def _pack(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_pack(item) for item in value]
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _unpack(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return tuple(_unpack(item, device) for item in value)
+    return value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
