@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,53 @@ def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = capsys.readouterr().out
     assert "ViTAdapter x MemoryHead" in listed
     assert "LucasKanade" in listed
+
+
+BENCH = ["bench", "points=[1,2]", "frames=4", "warmup=1", "size=[64,64]", "ceiling_size=64", "isolate=false"]
+
+
+def test_bench_prints_tables_and_writes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, reference = tmp_path / "bench.json", tmp_path / "original.json"
+    reference.write_text('{"machine": "a machine", "N2": {"median_s_per_frame": 1.5}}')
+    files = [f"output={output}", f"reference={reference}"]
+    assert main([*BENCH, "model=lucas_kanade", *files]) == 0
+    printed = capsys.readouterr()
+    assert "measuring lucas_kanade with 2 points" in printed.err
+    assert "ceiling: " in printed.out
+    assert "| lucas_kanade | 2 | stream |" in printed.out
+    assert "| rest | " in printed.out
+    assert "original: a machine" in printed.out
+    assert [row["num_points"] for row in json.loads(output.read_text())["rows"]] == [1, 2]
+    assert main([*BENCH, "model=lucas_kanade", *files]) == 1
+    assert "overwrite=true" in capsys.readouterr().err
+
+
+def test_bench_explains_its_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "KEY=VALUE" in printed
+    assert "  points=[1,64,256] " in printed
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("point=[1]", "unknown key 'point': did you mean points?"),
+        ("precision=fp8", "precision=fp8: expected one of fp32, bf16, fp16"),
+        ("device=cuda:99", "device=cuda:99"),
+        ("model=nonesuch", "unknown model 'nonesuch'"),
+        ("reference=absent.json", "absent.json"),
+        ("compile=true", "compiled"),
+    ],
+)
+def test_bad_bench_settings_get_one_line(capsys: pytest.CaptureFixture[str], setting: str, message: str) -> None:
+    assert main([*BENCH, "model=static", setting]) == 1
+    captured = capsys.readouterr()
+    last = captured.err.strip().splitlines()[-1]
+    assert last.startswith("trackbench bench: ")
+    assert message in last
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
 
 
 def test_a_real_video_is_tracked(realdata: Path, tmp_path: Path) -> None:

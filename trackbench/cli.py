@@ -1,4 +1,4 @@
-"""``trackbench ...``: track a video, list the models, run the demo. See train.py and eval.py for the rest."""
+"""``trackbench ...``: what is not training (train.py) or evaluation (eval.py)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trackbench.structures import Tracks
+
+WIDEST_TABLE = 160  # columns; a narrow terminal wraps lines rather than losing numbers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
 
     models = commands.add_parser("models", help="list the models that --model and load_tracker take")
     models.set_defaults(run=_models)
+
+    bench = commands.add_parser(
+        "bench", help="measure speed and memory, part by part, against the machine's ceiling", add_help=False
+    )
+    bench.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    bench.add_argument("-h", "--help", action="store_true", help="explain every key and its default")
+    bench.set_defaults(run=_bench, usage=bench.format_usage())
 
     demo = commands.add_parser("demo", help="train tiny trackers, compare them, write a report")
     demo.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder (default: outputs/demo)")
@@ -206,6 +215,36 @@ def _models(options: argparse.Namespace) -> int:
         console.print(
             f"{name:28s} {' x '.join(parts) or config.tracker._target_.rsplit('.', 1)[-1]}", highlight=False
         )
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from trackbench.evaluation import bench
+    from trackbench.evaluation.results import Row, markdown_table, rich_table
+
+    console = Console(highlight=False, soft_wrap=True)
+    if options.help:
+        console.print(f"{options.usage}\n{bench.settings_help()}", markup=False)
+        return 0
+    settings = bench.read_settings(options.settings)
+    progress = Console(stderr=True, highlight=False, soft_wrap=True)
+    result = bench.run_bench(settings, lambda line: progress.print(f"{line} ...", markup=False))
+
+    def show(lines: list[Row], title: str) -> None:
+        if console.is_terminal:
+            console.print(rich_table(lines, title=title), width=max(console.width, WIDEST_TABLE))
+        else:
+            console.print(f"\n{title}\n\n{markdown_table(lines)}", markup=False, end="")
+
+    for line in bench.header_lines(result):
+        console.print(line, markup=False)
+    show(bench.bench_table(result), "end to end, per frame")
+    if result["reference"] is not None:
+        show(bench.comparison_table(result), "beside the original (ratio: original / ours)")
+    for row in result["rows"]:
+        show(bench.parts_table(row, result["ceiling"]), f"{row['num_points']} points, part by part")
+    if settings.output is not None:
+        console.print(f"\nresults: {settings.output}", markup=False)
     return 0
 
 

@@ -10,18 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trackbench.evaluation.memory import MIB, peak_memory
 from trackbench.evaluation.runner import Row
 from trackbench.structures import FrameTracks, Tracks
+
+Cost = TypeVar("Cost")
+Shape = Sequence[int]
 
 
 class Stream(Protocol):
@@ -60,6 +62,23 @@ class Timing:
 
     mode: str
     seconds: list[float]
+    lag: int
+
+
+@dataclass(frozen=True)
+class Run(Generic[Cost]):
+    """What the calls of a tracker cost.
+
+    Attributes:
+        mode: as in :class:`Timing`.
+        costs: one for each call that counts: a frame (stream) or a clip (clip).
+        frames: frames per call.
+        lag: as in :class:`Timing`.
+    """
+
+    mode: str
+    costs: list[Cost]
+    frames: int
     lag: int
 
 
@@ -107,10 +126,10 @@ def measure_speed(
         raise ValueError(f"{num_frames} frames with {warmup} to warm up and {repeats} repeats time nothing")
     device = torch.device(device)
     generator = torch.Generator().manual_seed(0)
-    video = _moving_texture(num_frames, height, width, generator)
+    video = moving_texture(num_frames, height, width, generator)
     rows = []
     for count in points:
-        xy = (0.1 + 0.7 * torch.rand(count, 2, generator=generator)) * torch.tensor([width, height])
+        xy = scattered_points(count, height, width, generator)
         with peak_memory(device) as peak:
             timing = time_frames(tracker, video, xy, warmup=warmup, repeats=repeats, device=device)
         milliseconds = 1000 * np.asarray(timing.seconds)
@@ -150,21 +169,50 @@ def time_frames(
 
     See :func:`measure_speed`.
     """
+    run = measure_calls(
+        tracker, video, xy, lambda call: timed(call, device), warmup=warmup, clips=repeats, warmup_clips=1
+    )
+    return Timing(run.mode, [seconds / run.frames for seconds in run.costs], run.lag)
+
+
+def measure_calls(
+    tracker: StreamingTracker,
+    video: Tensor,
+    xy: Tensor,
+    measure: Callable[[Callable[[], Any]], tuple[Any, Cost]],
+    *,
+    warmup: int,
+    clips: int,
+    warmup_clips: int,
+) -> Run[Cost]:
+    """Measure each frame of a stream, or whole clips where a stream yields nothing before the video ends.
+
+    Args:
+        tracker: the tracker.
+        video: (T, H, W, 3) uint8.
+        xy: (N, 2) points that enter at the first frame.
+        measure: calls what it is given; returns the result and what it cost.
+        warmup: frames of a stream that do not count.
+        clips: clips that count.
+        warmup_clips: clips before them that do not.
+    """
     stream = tracker.stream()
     stream.add(xy)
-    seconds: list[float] = []
+    costs: list[Cost] = []
     lag: int | None = None
     for index, frame in enumerate(video):
-        result, duration = _timed(partial(stream.step, frame), device)
+        result, cost = measure(partial(stream.step, frame))
         if result is None:
             continue
         lag = index - result.frame
         if index >= warmup:
-            seconds.append(duration)
-    if lag is not None and seconds:
+            costs.append(cost)
+    if lag is not None and costs:
         stream.finish()
-        return Timing("stream", seconds, lag)
-    return _time_clips(tracker, video, xy, repeats, device)
+        return Run("stream", costs, 1, lag)
+    queries = _queries(xy)
+    costs = [measure(partial(tracker.track, video, queries))[1] for _ in range(warmup_clips + clips)]
+    return Run("clip", costs[warmup_clips:], len(video), len(video) - 1)
 
 
 def count_parameters(tracker: object) -> dict[str, int]:
@@ -179,22 +227,41 @@ def count_parameters(tracker: object) -> dict[str, int]:
 def flops_per_frame(tracker: StreamingTracker, video: Tensor, xy: Tensor) -> float:
     """Floating-point operations per frame of a clip, as PyTorch counts them.
 
-    Matrix products, convolutions and attention count, two for each multiply-add; element-wise operations,
-    sampling and what runs outside PyTorch do not. Fused attention is switched off meanwhile: the counter does
-    not know its CPU kernels.
+    See :func:`counted_operations` for what counts.
 
     Args:
         tracker: the tracker.
         video: (T, H, W, 3) uint8.
         xy: (N, 2) points that enter at the first frame.
     """
-    counter = FlopCounterMode(display=False)
-    with _countable_attention(), counter:
+    with counted_operations() as counter:
         tracker.track(video, _queries(xy))
     return counter.get_total_flops() / len(video)
 
 
-def _moving_texture(num_frames: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+@contextmanager
+def counted_operations() -> Iterator[FlopCounterMode]:
+    """Count floating-point operations for a while.
+
+    Matrix products, convolutions and attention count, two for each multiply-add; element-wise operations, sampling
+    and what runs outside PyTorch do not.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations}
+    try:
+        with FlopCounterMode(display=False, custom_mapping=fused) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def scattered_points(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """(count, 2) points away from the borders of a frame, in pixels."""
+    return (0.1 + 0.7 * torch.rand(count, 2, generator=generator)) * torch.tensor([width, height])
+
+
+def moving_texture(num_frames: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """(T, H, W, 3) uint8 that moves by a pixel a frame: trackers that give up on lost points keep theirs."""
     coarse = torch.rand(1, 3, max(2, height // 8), max(2, width // 8), generator=generator)
     texture = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
@@ -202,19 +269,12 @@ def _moving_texture(num_frames: int, height: int, width: int, generator: torch.G
     return torch.stack([image.roll(t, dims=1) for t in range(num_frames)])
 
 
-def _time_clips(
-    tracker: StreamingTracker, video: Tensor, xy: Tensor, repeats: int, device: torch.device
-) -> Timing:
-    queries = _queries(xy)
-    clips = [_timed(partial(tracker.track, video, queries), device)[1] for _ in range(1 + repeats)]
-    return Timing("clip", [seconds / len(video) for seconds in clips[1:]], len(video) - 1)
-
-
 def _queries(xy: Tensor) -> Tensor:
     return torch.cat([torch.zeros(len(xy), 1), xy], dim=1)
 
 
-def _timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What a call returns, and the seconds until the device is done with it."""
     _synchronize(device)
     start = perf_counter()
     result = call()
@@ -228,12 +288,7 @@ def _synchronize(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-@contextmanager
-def _countable_attention() -> Iterator[None]:
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+def _attention_operations(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Of the CPU's fused attention, which the counter does not know; shapes are (B, heads, length, channels)."""
+    B, heads, length, channels = query
+    return 2 * B * heads * length * key[2] * (channels + value[3])
