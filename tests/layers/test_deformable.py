@@ -162,3 +162,21 @@ def test_geometry_kept_from_inference_mode_serves_training() -> None:
         module(query, value, reference, shapes)
     module(query, value, reference, shapes).sum().backward()
     assert module.sampling_offsets.weight.grad is not None
+
+
+def test_sampling_without_gradients_is_the_same_inside_on_and_beyond_the_borders() -> None:
+    torch.manual_seed(0)
+    shapes = [(6, 5), (3, 4), (2, 2)]
+    value = torch.randn(2, sum(h * w for h, w in shapes), 3, 4, dtype=torch.float64)
+    wide = 1.6 * torch.rand(2, 40, 3, 3, 5, 2, dtype=torch.float64) - 0.3
+    cells = torch.randint(-2, 8, wide.shape) + 0.5  # exactly on a cell's centre, also outside
+    sizes = torch.tensor(shapes, dtype=torch.float64).flip(1)[:, None]
+    for locations in (wide, cells / sizes, torch.full_like(wide, 1e9), torch.full_like(wide, -math.inf)):
+        weights = torch.rand(locations.shape[:-1], dtype=torch.float64)
+        expected = deformable_sample(value, shapes, locations, weights)
+        with torch.no_grad():
+            found = deformable_sample(value, shapes, locations, weights)
+        if locations.isfinite().all():
+            torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    with torch.no_grad():  # no cell beyond the pyramid is read
+        assert deformable_sample(value, shapes, torch.full_like(wide, math.nan), weights).isnan().all()

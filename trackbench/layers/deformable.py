@@ -27,31 +27,60 @@ def level_sizes(shapes: Shapes) -> list[int]:
     return [h * w for h, w in shapes]
 
 
-def _corners(locations: Tensor, weights: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
+def _corners(
+    locations: Tensor, weights: Tensor, shapes: Shapes, base: Tensor, stride: int
+) -> tuple[Tensor, Tensor]:
     """The four cells around every sampling location: rows of the flattened pyramid, and their weights.
 
     Args:
         locations: (B, Q, H, L, P, 2), normalised (x, y).
         weights: (B, Q, H, L, P), attention weights.
         shapes: (h, w) of the L levels.
+        base: (B, 1, H or 1, 1, 1) int64, row of the pyramid's first cell.
+        stride: rows from one cell to the next.
 
     Returns:
-        Rows (B, Q, H, 4 * L * P) int64 within [0, S), and weights of the same shape, 0 for cells outside.
+        Rows (B, Q, H, 4 * L * P) int64, and weights of the same shape, 0 for cells outside.
     """
+    if torch.is_grad_enabled() or min(min(shape) for shape in shapes) < 2:
+        return _corners_with_gradients(locations, weights, shapes, base, stride)
+    L, P = locations.shape[3:5]
+    height, width, first = (x.expand(L, P).reshape(-1) for x in _level_geometry(tuple(shapes), locations.device))
+    size = torch.stack([width, height], dim=-1).flatten()
+    weights, base = weights.flatten(3), base.flatten(3)
+    position = (locations.flatten(3) * size).sub_(0.5)  # long last axes: short ones are slow to broadcast over
+    # the two cells before and after, moved inside where they are not; clamped as integers because of NaN
+    before = position.floor().long().clamp_(min=0).minimum(size - 2)
+    distance = position.sub_(before)
+    before_share = distance.abs().neg_().add_(1).clamp_(min=0).unflatten(-1, (-1, 2))
+    after_share = distance.sub_(1).abs_().neg_().add_(1).clamp_(min=0).unflatten(-1, (-1, 2))
+    left, top = before.unflatten(-1, (-1, 2)).unbind(dim=-1)
+    down = width * stride
+    row = torch.addcmul(left * stride + first * stride, top, down).add_(base)
+    rows = torch.stack([row, row + stride, row + down, row + (down + stride)], dim=3)
+    upper, lower = before_share[..., 1] * weights, after_share[..., 1] * weights
+    scales = [share[..., 0] * vertical for vertical in (upper, lower) for share in (before_share, after_share)]
+    return rows.flatten(3), torch.stack(scales, dim=3).flatten(3)
+
+
+def _corners_with_gradients(
+    locations: Tensor, weights: Tensor, shapes: Shapes, base: Tensor, stride: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`_corners` with the gradients of bilinear sampling, on whole cells too, for levels of any size."""
     height, width, first = _level_geometry(tuple(shapes), locations.device)
     x, y = locations.unbind(dim=-1)
     left, right, left_share, right_share = _neighbours(x, width)
     top, bottom, top_share, bottom_share = _neighbours(y, height)
     top, bottom = top * width + first, bottom * width + first
     top_share, bottom_share = top_share * weights, bottom_share * weights
-    rows = [top + left, top + right, bottom + left, bottom + right]
+    rows = torch.stack([top + left, top + right, bottom + left, bottom + right], dim=3)
     scales = [
         top_share * left_share,
         top_share * right_share,
         bottom_share * left_share,
         bottom_share * right_share,
     ]
-    return torch.stack(rows, dim=3).flatten(3), torch.stack(scales, dim=3).flatten(3)
+    return (rows * stride + base[:, :, :, None]).flatten(3), torch.stack(scales, dim=3).flatten(3)
 
 
 def _level_geometry(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,10 +143,10 @@ def deformable_sample(value: Tensor, shapes: Shapes, locations: Tensor, weights:
         (B, Q, H * D). Locations outside a level contribute zero.
     """
     B, S, H, D = value.shape
-    rows, scales = _corners(locations, weights, shapes)
-    batch = torch.arange(B, device=value.device).view(B, 1, 1, 1) * S
-    head = torch.arange(H, device=value.device).view(1, 1, H, 1)
-    return _gather(value.reshape(B * S * H, D), (batch + rows) * H + head, scales).flatten(2)
+    batch = torch.arange(B, device=value.device).view(B, 1, 1, 1, 1) * (S * H)
+    head = torch.arange(H, device=value.device).view(1, 1, H, 1, 1)
+    rows, scales = _corners(locations, weights, shapes, batch + head, stride=H)
+    return _gather(value.reshape(B * S * H, D), rows, scales).flatten(2)
 
 
 class DeformableAttention(nn.Module):
@@ -215,9 +244,9 @@ class DeformableAttention(nn.Module):
         Projection and sampling are both linear, so they commute; the bias counts as much as lies inside.
         """
         B, S, C = value.shape
-        rows, scales = _corners(locations, weights, shapes)
-        batch = torch.arange(B, device=value.device).view(B, 1, 1, 1) * S
-        raw = _gather(value.reshape(B * S, C), batch + rows, scales)
+        batch = torch.arange(B, device=value.device).view(B, 1, 1, 1, 1) * S
+        rows, scales = _corners(locations, weights, shapes, batch, stride=1)
+        raw = _gather(value.reshape(B * S, C), rows, scales)
         weight = self.value_proj.weight.view(self.num_heads, -1, C)
         bias = self.value_proj.bias.view(self.num_heads, -1)
         projected = torch.einsum("bqhc,hdc->bqhd", raw, weight)

@@ -6,6 +6,7 @@ Track-On, https://arxiv.org/abs/2501.18487, section 3.2.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trackbench.heads.memory.pyramid import Pyramid
@@ -45,12 +46,14 @@ class Reranking(nn.Module):
             Refined queries (B, N, D), and the logit (B, N, K) that a candidate is wrong.
         """
         N, K = reference.shape[1:3]
-        repeated = query[:, :, None].expand(-1, -1, K, -1)
-        sample = repeated.flatten(1, 2)
+        sample = query[:, :, None].expand(-1, -1, K, -1).flatten(1, 2)
         where = reference.flatten(1, 2)[:, :, None]
         for block in self.local_patch_encoder:
             sample = block(sample, pyramid.tokens, where, pyramid.shapes)
-        sample = self.sample_projection(torch.cat([repeated, sample.unflatten(1, (N, K))], dim=-1))
+        # a linear layer on (query, sample); the query's half is the same for all its candidates
+        of_query, of_sample = self.sample_projection.weight.chunk(2, dim=1)
+        shared = F.linear(query, of_query, self.sample_projection.bias)[:, :, None]
+        sample = F.linear(sample, of_sample).unflatten(1, (N, K)) + shared
         uncertainty = self.sample_uncertainty(sample)[..., 0]
         candidates = sample.flatten(0, 1)
         chosen = self.local_decoder[0](query.flatten(0, 1)[:, None], candidates, candidates)
