@@ -113,3 +113,18 @@ def test_endless_data_has_no_epochs(tmp_path: Path) -> None:
     config = compose_config("train", ["epochs=2", f"output_root={tmp_path}", f"output_dir={tmp_path / 'run'}"])
     with pytest.raises(ValueError, match=r"epochs=2.*max_steps"):
         train(config)
+
+
+def test_chrono_recipe_is_the_published_one() -> None:
+    config = compose_config("train", ["experiment=chrono_panning_movi_e", "data.path=x"])
+    assert (config.data.num_frames, config.data.num_points, config.data.batch_size) == (24, 256, 1)
+    assert (config.data.height, config.data.width) == (256, 256)
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (1e-4, 1e-4)
+    assert (config.scheduler.max_lr, config.scheduler.pct_start) == (1e-4, 0.003)
+    assert config.trainer.max_steps == 100_000
+    assert (config.trainer.precision, config.trainer.strategy) == ("bf16-mixed", "ddp")
+    assert (config.trainer.gradient_clip_val, config.trainer.val_check_interval) == (1.0, 1000)
+    assert (config.seed, config.callbacks.best.save_top_k) == (42, 3)
+    assert config.backbone.trunk.frozen
+    assert config.backbone.norm == "clip"
+    assert not config.backbone.causal

@@ -29,6 +29,11 @@ class TrackedSequence:
     xy: NDArray[np.float64]
     visible: NDArray[np.bool_]
 
+    @property
+    def num_frames(self) -> int:
+        """T."""
+        return len(self.files)
+
     def clip(self, start: int, num_frames: int) -> Clip:
         """Decode the frames from ``start`` on.
 

@@ -1,4 +1,4 @@
-"""Kubric's MOVi-F with tracks, in the folder format, as Track-On trains on it."""
+"""Kubric's MOVi-F as Track-On trains on it: in the folder format, or from its TFDS directory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -14,18 +15,40 @@ from torch.utils.data import DataLoader, Dataset
 
 from trackbench.data.augmentation import TrackOnAugmentation
 from trackbench.data.clip import Clip, Size, as_batch, centre_crop, choose_points, hide_outside
-from trackbench.data.folder import TrackedSequence, TrackFolder
+from trackbench.data.folder import TrackFolder
 from trackbench.data.loading import VisitOrder, endless_loader, evaluation_loader, next_batch, ranks
 from trackbench.data.synthetic.dataset import query_times
 from trackbench.data.tapvid import TapVidDataset
+from trackbench.data.tfds import MoviScenes, SceneSequences, find_version
 from trackbench.structures import VideoBatch
 
 log = logging.getLogger(__name__)
 _CLIP, _HELD_OUT = 1, 2  # keep random streams apart, also from that of the order of visits
 
 
+class TrackedFrames(Protocol):
+    """A sequence of ``num_frames`` frames with its tracks."""
+
+    @property
+    def num_frames(self) -> int:
+        """T."""
+        ...
+
+    def clip(self, start: int, num_frames: int) -> Clip:
+        """Some frames, one after the other."""
+        ...
+
+
+class SequenceSource(Protocol):
+    """Sequences by number: a :class:`~trackbench.data.folder.TrackFolder` or ``SceneSequences``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> TrackedFrames: ...
+
+
 class TrainingClips(Dataset[VideoBatch]):
-    """Endless training clips of sequences in the folder format, made as Track-On's loader makes them.
+    """Endless training clips of sequences, made as Track-On's loader makes them.
 
     Clip i depends on (seed, i) alone; the sequences are visited in a new random order each epoch. Points that
     are not visible in the clip's frame 0 are dropped, then up to ``num_points`` are kept. The first quarter of
@@ -53,7 +76,7 @@ class TrainingClips(Dataset[VideoBatch]):
 
     def __init__(
         self,
-        folder: TrackFolder,
+        folder: SequenceSource,
         indices: Sequence[int],
         num_frames: int,
         size: Size,
@@ -84,14 +107,14 @@ class TrainingClips(Dataset[VideoBatch]):
         num_points = max(len(clip.xy), 1) if self.official_quirks else self.num_points
         return as_batch(clip, training_query_frames(clip.visible, rng), num_points)
 
-    def _augmented(self, sequence: TrackedSequence, rng: np.random.Generator) -> Clip:
+    def _augmented(self, sequence: TrackedFrames, rng: np.random.Generator) -> Clip:
         assert self.augmentation is not None
-        last_start = len(sequence.files) - self.num_frames - int(self.official_quirks)
+        last_start = sequence.num_frames - self.num_frames - int(self.official_quirks)
         start = int(rng.integers(max(last_start, 0), endpoint=True))
         clip = self.augmentation(sequence.clip(start, self.num_frames), rng)
         return choose_points(clip, self.num_points, rng)
 
-    def _plain(self, sequence: TrackedSequence) -> Clip:
+    def _plain(self, sequence: TrackedFrames) -> Clip:
         return plain_clip(sequence, self.num_frames, self.size, self.num_points, self.official_quirks)
 
 
@@ -109,7 +132,7 @@ class HeldOutClips(Dataset[VideoBatch]):
     """
 
     def __init__(
-        self, folder: TrackFolder, indices: Sequence[int], num_frames: int, size: Size, num_points: int
+        self, folder: SequenceSource, indices: Sequence[int], num_frames: int, size: Size, num_points: int
     ) -> None:
         self.folder = folder
         self.indices = indices
@@ -128,13 +151,15 @@ class HeldOutClips(Dataset[VideoBatch]):
 
 
 class MoviFDataModule(pl.LightningDataModule):
-    """MOVi-F in the folder format: Track-On's training clips, endless; validation as it is published, or near.
+    """MOVi-F: Track-On's training clips, endless; validation as it is published, or near.
 
     Track-On validates on TAP-Vid DAVIS (256 x 256, query mode ``first``) after every epoch: ``val_path`` does
     that. Without it, a share of the sequences is held out; which ones does not depend on ``seed``.
 
     Args:
-        path: the folder of sequences, see :class:`~trackbench.data.folder.TrackFolder`.
+        path: the folder of sequences, see :class:`~trackbench.data.folder.TrackFolder`, or the TFDS directory
+            ``movi_f/512x512/1.0.0``, or one above it: then tracks are made on the fly, see
+            :class:`~trackbench.data.tfds.SceneSequences`. Crops of scenes of 256 x 256 must be smaller.
         num_frames: T.
         height: H of training and held-out clips, pixels.
         width: W of them, pixels.
@@ -146,6 +171,7 @@ class MoviFDataModule(pl.LightningDataModule):
         official_quirks: see there.
         val_path: TAP-Vid DAVIS, its ``.pkl`` file or the folder of it; None: held-out sequences.
         val_share: of the sequences (at least one) that is held out where there is no ``val_path``; 0: none.
+        split: of a TFDS data set, to train on.
 
     Raises:
         FileNotFoundError: in ``setup``, nothing at ``path`` or at ``val_path``.
@@ -166,6 +192,7 @@ class MoviFDataModule(pl.LightningDataModule):
         official_quirks: bool = False,
         val_path: str | Path | None = None,
         val_share: float = 0.01,
+        split: str = "train",
     ) -> None:
         super().__init__()
         if not 0 <= val_share < 1:
@@ -181,6 +208,7 @@ class MoviFDataModule(pl.LightningDataModule):
         self.official_quirks = official_quirks
         self.val_path = val_path
         self.val_share = val_share
+        self.split = split
         self.train_clips: TrainingClips | None = None
         self.val_clips: Dataset[VideoBatch] | None = None
 
@@ -188,7 +216,7 @@ class MoviFDataModule(pl.LightningDataModule):
         """List the sequences and open the validation file."""
         if self.train_clips is not None:
             return
-        folder = TrackFolder(self.path)
+        folder = self._sequences()
         train, held_out = self._split(len(folder))
         if self.val_path is not None:
             self.val_clips = TapVidDataset("davis", self.val_path, query_mode="first", resolution=(256, 256))
@@ -205,6 +233,12 @@ class MoviFDataModule(pl.LightningDataModule):
             official_quirks=self.official_quirks,
         )
         log.info("%s: %d sequences to train on, %d held out", self.path, len(train), len(held_out))
+
+    def _sequences(self) -> SequenceSource:
+        if find_version(Path(self.path)) is None:
+            return TrackFolder(self.path)
+        scenes = MoviScenes(self.path, self.split)
+        return SceneSequences(scenes, official_quirks=self.official_quirks)
 
     def _split(self, count: int) -> tuple[list[int], list[int]]:
         """Indices to train on and to hold out."""
@@ -254,7 +288,7 @@ class MoviFDataModule(pl.LightningDataModule):
 
 
 def plain_clip(
-    sequence: TrackedSequence, num_frames: int, size: Size, num_points: int, official_quirks: bool = False
+    sequence: TrackedFrames, num_frames: int, size: Size, num_points: int, official_quirks: bool = False
 ) -> Clip:
     """The first frames, a centre crop, and the first ``num_points`` points that are visible in frame 0."""
     clip = centre_crop(sequence.clip(0, num_frames), size)

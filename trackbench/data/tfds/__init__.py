@@ -1,0 +1,7 @@
+"""Data sets as TensorFlow Datasets publishes them, read without TensorFlow."""
+
+from trackbench.data.tfds.dataset import TfdsDataset, find_version
+from trackbench.data.tfds.scenes import MoviScenes
+from trackbench.data.tfds.sequences import SceneSequences
+
+__all__ = ["MoviScenes", "SceneSequences", "TfdsDataset", "find_version"]
