@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from live_tensors import LiveTensors
 
 import trackbench
+from trackbench.backbones.activations import tensors_of
+from trackbench.backbones.chrono import ChronoBackbone
 from trackbench.composition import build_tracker, compose_config, tracker_config
 from trackbench.structures import VideoBatch
 from trackbench.tracker import PointTracker, check_queries
@@ -115,6 +118,27 @@ def test_a_backbone_that_needs_the_whole_clip_streams_at_its_end(head: str) -> N
     assert len(results) == FRAMES
     streamed = torch.stack([result.xy for result in results], dim=1)
     torch.testing.assert_close(streamed, tracks.xy, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ["clip", "frame"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_clip_takes_the_memory_of_one_layer(head: str, norm: str) -> None:
+    """However long it is, wherever the queries lie, and in both directions."""
+    tracker = tiny("chrono_vit_tiny", head, norm=norm)
+    backbone = tracker.backbone
+    assert isinstance(backbone, ChronoBackbone)
+    backbone.trunk.frames_per_chunk = 2
+    state = backbone.trunk.run_stage(0, backbone.trunk.begin(torch.rand(1, 3, *SIZE)))
+    per_frame = sum(x.nbytes for x in tensors_of(state))
+    peaks = {}
+    for num_frames in (12, 60):
+        video = torch.from_numpy(clip(frames=num_frames)).permute(0, 3, 1, 2)
+        queries = torch.tensor([[0.25 * num_frames * i, 50.0, 40.0] for i in range(4)])
+        with LiveTensors() as memory:
+            video = video[:]  # counted from the beginning, and not with its first frame
+            tracker.track_tensor(video, queries, both_directions=True)
+        peaks[num_frames] = memory.peak - video.nbytes
+    assert (peaks[60] - peaks[12]) / 48 == pytest.approx(per_frame, rel=0.01)  # tracks are small beside it
 
 
 def test_points_leave_a_stream_without_disturbing_the_others() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from trackbench.backbones.base import Backbone
+from trackbench.backbones.base import Backbone, FrameSequence
 from trackbench.heads.base import Head, HeadOutput, Target
 from trackbench.structures import FrameTracks, Tracks, VideoBatch
 
@@ -415,45 +416,70 @@ class TrackerStream:
 
 
 class _ClipFeatures:
-    """Feature maps of a clip that is there already.
+    """Feature maps of a clip that is there already, in the order of the run.
 
-    Frame-by-frame backbones encode on demand and keep the maps that are wanted again, query frames first, while
-    they fit into ``KEEP_BYTES``: no frame is encoded twice unless room runs out. Others encode the clip at once.
+    Where frames are encoded one by one, maps that are wanted again are kept, query frames first, while they fit
+    into ``KEEP_BYTES``: no frame is encoded twice unless room runs out. Other backbones keep what they need.
     """
 
     KEEP_BYTES = 2**29
 
-    def __init__(self, tracker: PointTracker, video: Tensor) -> None:
+    def __init__(self, tracker: PointTracker, video: Tensor, *, flipped: bool = False) -> None:
         self._tracker = tracker
         self._video = video
-        self._maps: dict[int, Tensor] = {}
-        self._flipped = False
+        self._flipped = flipped
+        self._frame_by_frame = tracker.backbone.context == 0
+        self._maps: dict[int, Tensor] = {}  # by the frame of the video
         self.num_frames = video.shape[0]
         self.frame_size = video.shape[-2:]
 
+    @cached_property
+    def _clip(self) -> FrameSequence:
+        frames = _PreparedFrames(self._tracker, self._video, self._flipped)
+        return self._tracker.backbone.encode_clip(frames)
+
     def get(self, t: int, *, again: bool) -> Tensor:
         """(1, C, h, w) of frame ``t``; ``again``: it will be wanted once more."""
-        t = self.num_frames - 1 - t if self._flipped else t
-        if self._tracker.backbone.context != 0 and not self._maps:
-            clip = self._tracker.backbone(self._tracker.prepare(_upload(self._video, self._tracker.device)[None]))
-            self._maps = dict(enumerate(clip[0].split(1)))
-        features = self._maps.get(t)
+        if self._clip is None:
+            self._clip = self._tracker.backbone.encode_clip(
+                _PreparedFrames(self._tracker, self._video, self._flipped)
+            )
+        if not self._frame_by_frame:
+            return self._clip[t]
+        frame = self.num_frames - 1 - t if self._flipped else t
+        features = self._maps.get(frame)
         if features is None:
-            frame = _upload(self._video[t], self._tracker.device)[None, None]
-            features = self._tracker.backbone(self._tracker.prepare(frame))[:, 0]
+            features = self._clip[t]
             if again and features.nbytes * (len(self._maps) + 1) <= self.KEEP_BYTES:
-                self._maps[t] = features
-        elif not again and self._tracker.backbone.context == 0:
-            del self._maps[t]
+                self._maps[frame] = features
+        elif not again:
+            del self._maps[frame]
         return features
 
     def reversed(self) -> _ClipFeatures:
         """The clip backward in time; where frames are encoded one by one, with the maps kept so far."""
-        if self._tracker.backbone.context != 0:
-            return _ClipFeatures(self._tracker, self._video.flip(0))
-        backward = _ClipFeatures(self._tracker, self._video)
-        backward._maps, backward._flipped = self._maps, not self._flipped
+        backward = _ClipFeatures(self._tracker, self._video, flipped=not self._flipped)
+        backward._maps = self._maps
         return backward
+
+
+class _PreparedFrames:
+    """Frames of a clip as the backbone takes them, (1, 3, H, W) each, made when they are read."""
+
+    def __init__(self, tracker: PointTracker, video: Tensor, flipped: bool) -> None:
+        self._tracker = tracker
+        self._video = video
+        self._flipped = flipped
+
+    def __len__(self) -> int:
+        return len(self._video)
+
+    def __getitem__(self, index: int) -> Tensor:
+        frame = self._video[len(self) - 1 - index if self._flipped else index]
+        return self._tracker.prepare(_upload(frame, self._tracker.device)[None, None])[:, 0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
 
 
 def check_queries(queries: np.ndarray | Tensor, num_frames: int, height: int, width: int) -> Tensor:

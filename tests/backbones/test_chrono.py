@@ -3,15 +3,14 @@ from __future__ import annotations
 import gc
 import io
 import sys
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from live_tensors import LiveTensors
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trackbench.backbones.activations import ActivationStore, tensors_of
@@ -45,7 +44,7 @@ def encode_as_stream(backbone: ChronoBackbone, video: Tensor) -> tuple[Tensor, l
         results = stream.push(frame)
         features += results
         ready.append(len(features))
-    return torch.stack(features + stream.flush(), dim=1), ready
+    return torch.stack([*features, *stream.flush()], dim=1), ready
 
 
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
@@ -195,39 +194,6 @@ def test_activations_on_disk_leave_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors alive that operators returned while it was on, and their highest sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.users: dict[int, int] = {}
-        self.references: dict[int, weakref.ref[Tensor]] = {}
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        for x in results if isinstance(results, tuple | list) else (results,):
-            if isinstance(x, Tensor) and id(x) not in self.references:
-                self._add(x)
-        self.peak = max(self.peak, self.live)
-        return results
-
-    def _add(self, x: Tensor) -> None:
-        storage = x.untyped_storage()
-        address, size, name = storage.data_ptr(), storage.nbytes(), id(x)
-        self.live += 0 if address in self.users else size
-        self.users[address] = self.users.get(address, 0) + 1
-
-        def remove(_: object) -> None:
-            del self.references[name]
-            self.users[address] -= 1
-            if self.users[address] == 0:
-                del self.users[address]
-                self.live -= size
-
-        self.references[name] = weakref.ref(x, remove)
-
-
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
 def test_memory_is_one_layer_and_a_constant(kind: str) -> None:
     backbone = make_backbone(kind, window=5)
@@ -290,7 +256,7 @@ def test_stream_goes_on_from_a_file(kind: str, options: dict[str, Any], stopped_
         second = backbone.stream()
         second.load_state_dict(torch.load(file, weights_only=True))
         features += [x for frame in video[:, stopped_at:].unbind(1) for x in second.push(frame)]
-        assert torch.equal(torch.stack(features + second.flush(), dim=1), expected)
+        assert torch.equal(torch.stack([*features, *second.flush()], dim=1), expected)
 
 
 def test_stream_states_that_do_not_fit() -> None:

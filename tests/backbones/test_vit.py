@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,3 +165,17 @@ def test_refusals() -> None:
         DinoV2("medium")
     with pytest.raises(ValueError, match="frames_per_chunk"):
         tiny(frames_per_chunk=0)
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_tokens_in_chunks_change_nothing(ffn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = VisionTransformer(embed_dim=32, depth=2, num_heads=4, ffn=ffn).eval()
+    randomize(vit)
+    images = torch.rand(3, 3, 42, 56)
+    expected = vit(images)
+    with torch.no_grad():
+        for size in (1, 5, 13, 1000):  # tokens: 13 in each of 3 images
+            monkeypatch.setattr("trackbench.backbones.vit.TOKENS_PER_CHUNK", size)
+            torch.testing.assert_close(vit(images), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert vit.blocks[0](vit.embed(images).float()).dtype == torch.float32  # the residual stream

@@ -171,7 +171,7 @@ def test_the_part_that_runs_gets_the_operations() -> None:
     assert isinstance(head, MemoryHead)
     modules = {
         "head: query decoder": head.query_decoder.query_to_query[0],
-        "head: re-ranking": head.rerank_module.sample_projection,
+        "head: re-ranking": head.rerank_module.sample_query_fusion,
         "head: offset and visibility": head.visibility_head,
         "head: memory write": head.sm_query_updater.augment_layer,
         "head: query updater": head.sm_query_updater.query_residual,

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from live_tensors import LiveTensors
 from torch import Tensor
 
+from trackbench.heads import correlation
 from trackbench.heads.base import FrameOutput, Target
 from trackbench.heads.correlation import CorrelationHead
 from trackbench.losses import ChronoLoss
@@ -61,9 +63,11 @@ def brute_force(
     return positions, logits
 
 
+@pytest.mark.parametrize("costs", [1, 2 * 3 * 112, 2 * 16 * 112, 2**20])
 @pytest.mark.parametrize("size", [(9, 12), (1, 3), (16, 7)])
-def test_head_is_brute_force(size: tuple[int, int]) -> None:
-    head = CorrelationHead(6, query_chunk_size=3, frame_chunk_size=2).double()
+def test_head_is_brute_force(size: tuple[int, int], costs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correlation, "COSTS_PER_CHUNK_CPU", costs)
+    head = CorrelationHead(6).double()
     features = unit(torch.randn(2, 4, 6, *size, dtype=torch.float64))
     queries = make_queries(4, *size).double()
     output = head(features, queries)
@@ -79,6 +83,24 @@ def test_head_is_brute_force(size: tuple[int, int]) -> None:
             np.testing.assert_allclose(output["visibility"][b, n].detach().numpy(), 1 - occluded, atol=1e-9)
             assert (output["visible"][b, n].numpy() == ~(occluded > 0.5)).all()
     assert output["extra"]["grid"] == size
+
+
+@pytest.mark.parametrize("options", [{}, {"query_chunk_size": 2}])
+def test_costs_never_exist_as_a_whole(options: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 4096
+    monkeypatch.setattr(correlation, "COSTS_PER_CHUNK_CPU", limit)
+    head = CorrelationHead(4, **options)
+    peaks = {}
+    for num_points, num_frames in ((2, 2), (40, 2), (2, 40), (40, 40)):
+        features = unit(torch.randn(1, num_frames, 4, 32, 32))
+        queries = torch.rand(1, num_points, 3) * torch.tensor([1.0, 32, 32])
+        with torch.no_grad(), LiveTensors() as memory:
+            output = head(features, queries)
+        results = sum(x.nbytes for x in output.values() if isinstance(x, torch.Tensor))
+        peaks[num_points, num_frames] = memory.peak - features.nbytes - 6 * results
+        assert memory.peak > 4 * min(limit, num_points * num_frames * 1024)  # otherwise it saw nothing
+    # a window of 69 cells in a map of 1024, its indices of 8 bytes, takes a few times as much as a piece's costs
+    assert max(peaks.values()) < 6 * 4 * limit < 4 * 40 * 40 * 1024 / 50
 
 
 def test_gradients_are_those_of_the_full_softmax() -> None:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class FrameSequence(Protocol):
+    """One tensor per frame of a clip, read in order or by index. It may be made only when it is read."""
+
+    def __len__(self) -> int:
+        """The number of frames."""
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        """Raises IndexError."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """All frames in order."""
 
 
 class FeatureStream(Protocol):
@@ -15,7 +28,7 @@ class FeatureStream(Protocol):
     def push(self, frame: Tensor) -> list[Tensor]:
         """Take the next frame (B, 3, H, W); return the feature maps (B, C, h, w) that became ready, in order."""
 
-    def flush(self) -> list[Tensor]:
+    def flush(self) -> Iterable[Tensor]:
         """The video has ended: return the feature maps that were still waiting for later frames."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -51,9 +64,40 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError  # abstract
 
+    def encode_clip(self, frames: FrameSequence) -> FrameSequence:
+        """:meth:`forward` for clips whose frames or maps need not be in memory all at once.
+
+        Args:
+            frames: (B, 3, H, W) in [0, 1] each.
+
+        Returns:
+            Maps (B, C, h, w) of the frames. Where frames do not depend on each other, each is made whenever it
+            is read.
+        """
+        if self.context == 0:
+            return _FrameMaps(self, frames)
+        return self(torch.stack(list(frames), dim=1)).unbind(dim=1)
+
     def stream(self) -> FeatureStream:
         """A new frame-by-frame encoder; equal to :meth:`forward` on the same frames."""
         return _FrameStream(self) if self.context == 0 else _ClipStream(self)
+
+
+class _FrameMaps:
+    """Maps of a backbone without temporal context, made when they are read."""
+
+    def __init__(self, backbone: Backbone, frames: FrameSequence) -> None:
+        self.backbone = backbone
+        self.frames = frames
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.backbone(self.frames[index][:, None])[:, 0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
 
 
 class _FrameStream:
@@ -87,9 +131,9 @@ class _ClipStream:
         self.frames.append(frame)
         return []
 
-    def flush(self) -> list[Tensor]:
+    def flush(self) -> Iterable[Tensor]:
         frames, self.frames = self.frames, []
-        return list(self._encode(frames)) if frames else []
+        return self.backbone.encode_clip(frames) if frames else []
 
     def state_dict(self) -> dict[str, Any]:
         return {"frames": [frame.detach().clone() for frame in self.frames]}
@@ -103,6 +147,3 @@ class _ClipStream:
                 raise ValueError("feature state's frames must be tensors (B, 3, H, W) of one shape")
         device = next(self.backbone.parameters()).device
         self.frames = [frame.detach().to(device, copy=True) for frame in frames]
-
-    def _encode(self, frames: list[Tensor]) -> Iterator[Tensor]:
-        return iter(self.backbone(torch.stack(frames, dim=1)).unbind(dim=1))

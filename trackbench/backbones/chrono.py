@@ -166,10 +166,12 @@ class EncodedClip:
     def __getitem__(self, index: int) -> Tensor:
         """Features (B, C, h, w) of a frame; computed at every call. Raises IndexError."""
         piece, frame = self._places[index]
-        state = self._store.frames(
-            piece, slice(frame, None, self._sizes[piece][1])
-        )  # samples come one after another
-        return self._trunk.finish(state)
+        samples = slice(frame, None, self._sizes[piece][1])  # they come one after another
+        return self._trunk.finish(self._store.frames(piece, samples))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """:meth:`__getitem__` of every frame in order."""
+        return (self[index] for index in range(len(self)))
 
 
 class _ChronoStream:

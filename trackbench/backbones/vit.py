@@ -12,12 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trackbench.backbones.staged import StagedBackbone
+from trackbench.layers.chunking import by_chunks
 from trackbench.layers.precision import at_least_float32, normalize_length
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 PosEmbedMode = Literal["size", "scale"]
+
+TOKENS_PER_CHUNK = 1024  # that go through the feed-forward layers at a time on the CPU without gradients
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,9 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), init))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return x * self.gamma
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """``x`` and its scaled residual branch (..., C) -> their sum (..., C)."""
+        return torch.addcmul(x, branch, self.gamma)
 
 
 class Block(nn.Module):
@@ -126,8 +129,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, L, C) -> (n, L, C)."""
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = self.ls1(x, self.attn(self.norm1(x)))
+        rows = by_chunks(self._feed_forward, x.flatten(0, 1), dim=0, size=TOKENS_PER_CHUNK)
+        return rows.view_as(x)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.ls2(x, self.mlp(self.norm2(x)))
 
 
 class VisionTransformer(nn.Module):

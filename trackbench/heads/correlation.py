@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -17,9 +18,15 @@ from trackbench.heads.base import FrameOutput, Head, HeadOutput, Target
 from trackbench.layers.precision import normalize_length
 from trackbench.losses import ChronoLoss
 
+COSTS_PER_CHUNK = 2**24  # of queries with cells, that exist at a time
+COSTS_PER_CHUNK_CPU = 2**20  # likewise on the CPU, where more would only leave the caches
+
 
 class _Match(NamedTuple):
-    """Positions (B, T, n, 2) in cells, logits (B, T, n, 2): occlusion, expected distance, cost (B, T, n, h*w)."""
+    """Positions (B, T, n, 2) in cells, logits (B, T, n, 2): occlusion, expected distance.
+
+    cost (B, T, n, h*w) only where the loss asks for it, otherwise (B, T, n, 0).
+    """
 
     xy: Tensor
     logits: Tensor
@@ -54,8 +61,8 @@ class CorrelationHead(Head):
         normalize: divide features (after the projection) by their length.
         temperature: factor of the cost inside the softmax.
         radius: cells further than this from the best one, or as far, do not take part in the soft-argmax.
-        query_chunk_size: query points matched at once; it bounds memory and changes rounding only.
-        frame_chunk_size: frames matched at once; likewise.
+        query_chunk_size: query points matched at once, at most; it bounds memory and changes rounding only. None:
+            as many queries, or frames, as keep their costs in a few MB (64 on a GPU).
         loss: the training loss; None: the published one.
     """
 
@@ -68,21 +75,17 @@ class CorrelationHead(Head):
         normalize: bool = False,
         temperature: float = 20.0,
         radius: float = 5.0,
-        query_chunk_size: int = 256,
-        frame_chunk_size: int = 16,
+        query_chunk_size: int | None = None,
         loss: ChronoLoss | None = None,
     ) -> None:
         super().__init__()
-        if query_chunk_size < 1 or frame_chunk_size < 1:
-            raise ValueError(
-                f"chunk sizes must be positive, got {query_chunk_size} queries and {frame_chunk_size} frames"
-            )
+        if query_chunk_size is not None and query_chunk_size < 1:
+            raise ValueError(f"query_chunk_size must be positive or None, got {query_chunk_size}")
         self.in_dim = in_dim
         self.projection = None if projection_dim is None else nn.Conv2d(in_dim, projection_dim, 1)
         self.normalize = normalize
         self.temperature = temperature
         self.query_chunk_size = query_chunk_size
-        self.frame_chunk_size = frame_chunk_size
         self.occ_linear = nn.Linear(3, 2)
         self.criterion = loss or ChronoLoss()
         self.window: Tensor
@@ -100,11 +103,8 @@ class CorrelationHead(Head):
             features = self._prepare(features.flatten(0, 1)).unflatten(0, features.shape[:2])
             queries = queries.to(features.dtype)
             query_features = sample_trilinear(features, *queries.unbind(-1))
-            chunks = [
-                self._match_clip(part, features) for part in query_features.split(self.query_chunk_size, dim=1)
-            ]
-            xy = torch.cat([chunk.xy for chunk in chunks], dim=2).transpose(1, 2)
-            logits = torch.cat([chunk.logits for chunk in chunks], dim=2).transpose(1, 2)
+            match = self._match(query_features, features)
+            xy, logits = match.xy.transpose(1, 2), match.logits.transpose(1, 2)
             time = torch.arange(T, device=queries.device)
             on_query_frame = queries[..., :1].round() == time
             xy = torch.where(on_query_frame[..., None], queries[..., None, 1:], xy)
@@ -112,8 +112,7 @@ class CorrelationHead(Head):
             visibility, visible = _visibility(logits)
             extra = {"occlusion": occlusion, "expected_dist": expected_dist, "grid": (h, w)}
             if self._keeps_cost:
-                cost = torch.cat([chunk.cost for chunk in chunks], dim=2).transpose(1, 2)
-                extra["cell_logits"] = self.temperature * cost
+                extra["cell_logits"] = self.temperature * match.cost.transpose(1, 2)
         return HeadOutput(xy=xy, visibility=visibility, visible=visible, extra=extra)
 
     def loss(self, output: HeadOutput, target: Target) -> dict[str, Tensor]:
@@ -160,15 +159,10 @@ class CorrelationHead(Head):
             none = features.new_zeros(len(features), 0)
             return FrameOutput(none[..., None].expand(-1, -1, 2), none, none.bool())
         with torch.autocast(features.device.type, enabled=False):
-            features = self._prepare(features)[:, None]
-            chunks = [
-                self._match(part, features) for part in state.query_features.split(self.query_chunk_size, dim=1)
-            ]
-            xy = torch.cat([chunk.xy[:, 0] for chunk in chunks], dim=1)
-            logits = torch.cat([chunk.logits[:, 0] for chunk in chunks], dim=1)
-            queries = state.queries.to(xy.dtype)
-            xy = torch.where(queries[..., :1].round() == frame, queries[..., 1:], xy)
-            return FrameOutput(xy, *_visibility(logits))
+            match = self._match(state.query_features, self._prepare(features)[:, None])
+            queries = state.queries.to(match.xy.dtype)
+            xy = torch.where(queries[..., :1].round() == frame, queries[..., 1:], match.xy[:, 0])
+            return FrameOutput(xy, *_visibility(match.logits[:, 0]))
 
     def _prepare(self, features: Tensor) -> Tensor:
         """Maps (n, C, h, w) of the backbone -> maps (n, D, h, w) to match in, in float32."""
@@ -181,20 +175,23 @@ class CorrelationHead(Head):
             features = normalize_length(features)
         return features
 
-    def _match_clip(self, query_features: Tensor, features: Tensor) -> _Match:
-        parts = []
-        for part in features.split(self.frame_chunk_size, dim=1):
-            match = self._match(query_features, part)
-            # the whole cost volume never lives in evaluation
-            parts.append(match if self._keeps_cost else match._replace(cost=match.cost[..., :0]))
-        return _Match(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
+    def _match(self, query_features: Tensor, features: Tensor) -> _Match:
+        """Query features (B, N, D) against maps (B, T, D, h, w), in pieces of a bounded cost volume."""
+        B, N = query_features.shape[:2]
+        limit = COSTS_PER_CHUNK_CPU if features.device.type == "cpu" else COSTS_PER_CHUNK
+        pairs = max(1, limit // (B * math.prod(features.shape[-2:])))  # of a query with a frame
+        frames, queries = max(1, pairs // max(1, N)), min(pairs, self.query_chunk_size or pairs)
+        rows = [
+            _join([self._match_piece(part, maps) for part in query_features.split(queries, dim=1)], dim=2)
+            for maps in features.split(frames, dim=1)
+        ]
+        return _join(rows, dim=1)
 
     @property
     def _keeps_cost(self) -> bool:
         return self.criterion.matching_weight > 0 and torch.is_grad_enabled()
 
-    def _match(self, query_features: Tensor, features: Tensor) -> _Match:
-        """Query features (B, n, D) against maps (B, T, D, h, w)."""
+    def _match_piece(self, query_features: Tensor, features: Tensor) -> _Match:
         h, w = features.shape[-2:]
         cost = query_features[:, None] @ features.flatten(3)  # (B, T, n, h*w)
         with torch.no_grad():
@@ -209,7 +206,12 @@ class CorrelationHead(Head):
         near = cost.gather(-1, index.flatten(3)).view_as(index) * self.temperature
         weights = F.softmax(near.masked_fill(outside, float("-inf")), dim=-1)
         shift = weights @ self.window.to(weights.dtype)
-        return _Match(best_xy + 0.5 + shift, self.occ_linear(statistics), cost)
+        kept = cost if self._keeps_cost else cost.new_empty(*cost.shape[:3], 0)  # no view: it would keep the costs
+        return _Match(best_xy + 0.5 + shift, self.occ_linear(statistics), kept)
+
+
+def _join(parts: list[_Match], dim: int) -> _Match:
+    return parts[0] if len(parts) == 1 else _Match(*(torch.cat(x, dim=dim) for x in zip(*parts, strict=True)))
 
 
 def sample_trilinear(features: Tensor, t: Tensor, x: Tensor, y: Tensor) -> Tensor:

@@ -72,8 +72,13 @@ class LocalAttention(nn.Module):
 
 def frame_moments(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance over channels and cells of maps (B, n, C, h, w), each (B, n)."""
-    variance, mean = torch.var_mean(at_least_float32(maps), dim=(2, 3, 4), correction=0)
-    return mean, variance
+    maps, dims = at_least_float32(maps), (2, 3, 4)
+    if torch.is_grad_enabled():
+        variance, mean = torch.var_mean(maps, dim=dims, correction=0)
+        return mean, variance
+    # several times faster on the CPU, but autograd would keep the differences
+    mean = maps.mean(dim=dims, keepdim=True)
+    return mean.flatten(1), (maps - mean).square_().mean(dim=dims)
 
 
 class Moments:
