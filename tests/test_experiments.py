@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import inspect
 from pathlib import Path
 
 import numpy as np
 import pytest
 from folder_fakes import write_sequences
+from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from trackbench.composition import compose_config
@@ -47,7 +49,7 @@ def small_trackon(sequences: Path, output: Path, *overrides: str) -> DictConfig:
         "head.num_heads=4",
         "head.grid_size=[16,16]",
         "head.trained_memory_size=3",
-        "head.support_grid=2",
+        "val_head_settings={support_grid: 2}",
         "head.levels=2",
         "tracker.input_size=[64,64]",
         "threads=1",
@@ -68,7 +70,8 @@ def test_trackon_recipe_is_the_published_one() -> None:
     assert config.trainer.gradient_clip_val == 1.0
     assert (config.trainer.precision, config.trainer.strategy) == ("16-mixed", "ddp")
     assert (config.head.trained_memory_size, config.head.memory_size) == (12, None)
-    assert (config.head.visibility_threshold, config.head.support_grid) == (0.8, 20)
+    assert (config.head.visibility_threshold, config.head.support_grid) == (0.8, 0)
+    assert config.val_head_settings == {"support_grid": 20}
     assert (config.head.memory_mask_ratio, config.head.dropout) == (0.1, 0.1)
     assert config.backbone.freeze_vit
     assert (config.epochs, config.seed) == (150, 1234)
@@ -128,3 +131,13 @@ def test_chrono_recipe_is_the_published_one() -> None:
     assert config.backbone.trunk.frozen
     assert config.backbone.norm == "clip"
     assert not config.backbone.causal
+
+
+@pytest.mark.parametrize("name", ["trackon_movi_f", "chrono_panning_movi_e"])
+@pytest.mark.parametrize("model", ["trackon", "chrono_b", "trackon_chrono", "correlation_vit_adapter"])
+def test_any_model_trains_by_any_recipe(name: str, model: str) -> None:
+    config = compose_config("train", [f"experiment={name}", f"model={model}", "data.path=x"])
+    assert config.name == model
+    head = get_class(config.head._target_)
+    accepted = inspect.signature(head).parameters
+    assert {key for key in config.head if key != "_target_"} <= set(accepted)

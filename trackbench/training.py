@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from trackbench.composition import build_tracker, compose_config, plain_config
 from trackbench.data.datamodule import TrainAndValidate
+from trackbench.evaluation.runner import head_settings_for
 from trackbench.lightning.module import TrackerModule
 
 log = logging.getLogger(__name__)
@@ -49,14 +50,16 @@ def train(config: DictConfig) -> float | None:
         torch.set_num_threads(config.threads)
     OmegaConf.save(config, output / "config.yaml", resolve=True)
 
+    tracker = build_tracker(config)
     module = TrackerModule(
-        tracker=build_tracker(config),
+        tracker=tracker,
         optimizer=instantiate(config.optimizer),
         scheduler=instantiate(config.scheduler) if config.get("scheduler") else None,
         config=plain_config(config),
         name=config.name,
         query_mode=config.query_mode,
         lr_scales=config.get("lr_scales"),
+        val_head_settings=head_settings_for(tracker, config.get("val_head_settings")),
     )
     data = instantiate(config.data)
     lengths = epoch_lengths(config, data)

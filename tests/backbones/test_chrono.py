@@ -385,3 +385,24 @@ def test_pool_per_adapter() -> None:
     assert backbone(torch.rand(1, 2, 3, 96, 64)).shape == (1, 2, 64, 24, 16)
     with pytest.raises(ValueError, match="3 numbers for 4 adapters"):
         ChronoBackbone(make_trunk("cnn"), pool=[8, 4, 2])
+
+
+def test_compiled_blocks_serve_clips_and_streams() -> None:
+    torch.manual_seed(0)
+    trunk = DinoV2(embed_dim=32, depth=3, num_heads=2, token_grid=3)
+    backbone = ChronoBackbone(trunk, hidden=8, heads=2, window=3, pool=2, norm="frame").eval()
+    video = torch.rand(1, 5, 3, 42, 42)
+    with torch.no_grad():
+        expected = backbone(video)
+        torch._dynamo.reset()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        backbone.compile(backend="eager", dynamic=False, fullgraph=True)
+        clip = backbone.encode_clip(video.unbind(1))
+        stream = backbone.stream()
+        streamed = [features for frame in video.unbind(1) for features in stream.push(frame)]
+        streamed += stream.flush()
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2  # pieces of several frames, and single frames
+    for t in range(5):
+        torch.testing.assert_close(clip[t], expected[:, t], atol=1e-5, rtol=0)
+        torch.testing.assert_close(streamed[t], expected[:, t], atol=1e-5, rtol=0)

@@ -146,6 +146,10 @@ class ChronoBackbone(Backbone):
     def _adapter(self, index: int) -> TemporalAdapter:
         return cast(TemporalAdapter, self.adapters[index])
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Let ``torch.compile`` take what the trunk offers; clips and streams run through its stages."""
+        self.trunk.compile(*args, **kwargs)
+
     def stream(self) -> FeatureStream:
         """Frame by frame in constant time and memory; with norm "clip" all at the end of the clip."""
         return super().stream() if self.lookahead is None else _ChronoStream(self)

@@ -365,6 +365,11 @@ class DinoV2(StagedBackbone):
         )
         self.normalize_features = normalize_features
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Let ``torch.compile`` take the blocks, each of the same few shapes: one compilation serves them all."""
+        for block in self.vit.blocks:
+            block.compile(*args, **kwargs)
+
     def begin(self, images: Tensor) -> ViTState:
         """Frames (n, 3, H, W) in [0, 1] -> the state before the first block."""
         images = normalize_images(images)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from trackbench.evaluation.runner import use_head_settings
 from trackbench.metrics import TapVidMetric, to_metric_raster
 from trackbench.structures import QueryMode, Tracks, VideoBatch
 from trackbench.tracker import PointTracker
@@ -35,6 +36,8 @@ class TrackerModule(pl.LightningModule):
         name: the model's name, stored beside it.
         query_mode: of the validation data, ``first`` or ``strided``.
         lr_scales: prefix of parameter names (``head.occ_linear``, ``backbone``) -> factor of their learning rate.
+        val_head_settings: attributes of the head in validation and test, see
+            :func:`~trackbench.evaluation.runner.head_settings_for`.
 
     A step whose gradients are not finite is skipped whole (no weight decay, no momentum) and counted in
     ``train/skipped_steps``.
@@ -50,6 +53,7 @@ class TrackerModule(pl.LightningModule):
         name: str = "",
         query_mode: QueryMode = "first",
         lr_scales: Mapping[str, float] | None = None,
+        val_head_settings: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.tracker = tracker
@@ -58,6 +62,7 @@ class TrackerModule(pl.LightningModule):
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
         self._lr_scales = dict(lr_scales or {})
+        self._val_head_settings = dict(val_head_settings or {})
         self._stored = {"name": name, "config": config or {}}
         self.skipped_steps: Tensor
         self.register_buffer("skipped_steps", torch.zeros((), dtype=torch.int64))
@@ -83,9 +88,10 @@ class TrackerModule(pl.LightningModule):
     def _score(self, batch: VideoBatch) -> Tracks:
         if len(batch.video) != 1:
             raise ValueError(f"validation takes one video at a time, got a batch of {len(batch.video)}")
-        tracks = self.tracker.track_tensor(
-            batch.video[0], batch.queries[0], both_directions=self.query_mode == "strided"
-        )
+        with use_head_settings(self.tracker, self._val_head_settings):
+            tracks = self.tracker.track_tensor(
+                batch.video[0], batch.queries[0], both_directions=self.query_mode == "strided"
+            )
         height, width = batch.video.shape[-2:]
         self.metric.update(
             batch.queries,
