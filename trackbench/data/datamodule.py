@@ -1,11 +1,69 @@
-"""Training data of one family beside validation data of another."""
+"""What data modules share: loaders for every rank, and validation on data of another family."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset
 
+from trackbench.data.loading import endless_loader, evaluation_loader, next_batch, ranks
 from trackbench.structures import VideoBatch
+
+
+class ClipDataModule(pl.LightningDataModule):
+    """Endless training clips and finite validation clips, of which each rank reads its own.
+
+    A family of data sets both in its ``__init__`` or in ``setup``.
+
+    Attributes:
+        train_clips: endless, by number.
+        val_clips: with a length; None: nothing to validate on.
+        batch_size: training clips per batch and rank.
+        val_batch_size: validation clips per batch.
+        num_workers: loading processes, for training and for validation.
+        seed: of the loader's workers and the order of the clips.
+        how_to_validate: what to do about a missing ``val_clips``, for the error.
+    """
+
+    train_clips: Dataset[VideoBatch] | None = None
+    val_clips: Dataset[VideoBatch] | None = None
+    batch_size: int = 1
+    val_batch_size: int = 1
+    num_workers: int = 0
+    seed: int = 0
+    how_to_validate: str = "give val_clips"
+
+    def train_dataloader(self) -> DataLoader[VideoBatch]:
+        """Training batches from where the trainer is, on this rank."""
+        self.setup("fit")
+        assert self.train_clips is not None
+        rank, world_size = ranks(self.trainer)
+        return endless_loader(
+            self.train_clips,
+            self.batch_size,
+            self.num_workers,
+            seed=self.seed,
+            start_batch=partial(next_batch, self.trainer),
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def val_dataloader(self) -> DataLoader[VideoBatch]:
+        """This rank's part of the validation clips.
+
+        Raises:
+            ValueError: there are none.
+        """
+        self.setup("validate")
+        if self.val_clips is None:
+            raise ValueError(f"nothing to validate on: {self.how_to_validate}")
+        rank, world_size = ranks(self.trainer)
+        return evaluation_loader(self.val_clips, self.val_batch_size, self.num_workers, rank, world_size)
+
+    def test_dataloader(self) -> DataLoader[VideoBatch]:
+        """The same clips as for validation."""
+        return self.val_dataloader()
 
 
 class TrainAndValidate(pl.LightningDataModule):
@@ -36,8 +94,5 @@ class TrainAndValidate(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[VideoBatch]:
         """Each rank reads its own videos; none is read twice."""
-        from trackbench.data.loading import evaluation_loader
-
-        trainer = self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        return evaluation_loader(self.validation, rank=rank, world_size=world, num_workers=self.num_workers)
+        rank, world_size = ranks(self.trainer)
+        return evaluation_loader(self.validation, rank=rank, world_size=world_size, num_workers=self.num_workers)

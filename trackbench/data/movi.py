@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import lightning.pytorch as pl
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from trackbench.data.augmentation import TrackOnAugmentation
 from trackbench.data.clip import Clip, Size, as_batch, centre_crop, choose_points, hide_outside
+from trackbench.data.datamodule import ClipDataModule
 from trackbench.data.folder import TrackFolder
-from trackbench.data.loading import VisitOrder, endless_loader, evaluation_loader, next_batch, ranks
+from trackbench.data.loading import VisitOrder
 from trackbench.data.synthetic.dataset import query_times
 from trackbench.data.tapvid import TapVidDataset
 from trackbench.data.tfds import MoviScenes, SceneSequences, find_version
@@ -150,7 +149,7 @@ class HeldOutClips(Dataset[VideoBatch]):
         return as_batch(clip, np.zeros(found, np.int64), max(found, 1))
 
 
-class MoviFDataModule(pl.LightningDataModule):
+class MoviFDataModule(ClipDataModule):
     """MOVi-F: Track-On's training clips, endless; validation as it is published, or near.
 
     Track-On validates on TAP-Vid DAVIS (256 x 256, query mode ``first``) after every epoch: ``val_path`` does
@@ -177,6 +176,8 @@ class MoviFDataModule(pl.LightningDataModule):
         FileNotFoundError: in ``setup``, nothing at ``path`` or at ``val_path``.
         ValueError: ``val_share`` is not in [0, 1), or leaves nothing to train on.
     """
+
+    how_to_validate = "give val_path, or val_share above 0"
 
     def __init__(
         self,
@@ -254,37 +255,6 @@ class MoviFDataModule(pl.LightningDataModule):
     def num_training_clips(self) -> int:
         """Clips of an epoch, one of each sequence, over all ranks; 0 before ``setup``."""
         return 0 if self.train_clips is None else len(self.train_clips.indices)
-
-    def train_dataloader(self) -> DataLoader[VideoBatch]:
-        """Training batches from where the trainer is, on this rank."""
-        self.setup()
-        assert self.train_clips is not None
-        rank, world_size = ranks(self.trainer)
-        return endless_loader(
-            self.train_clips,  # endless itself, so that it knows the visit when it chooses which frames to read
-            self.batch_size,
-            self.num_workers,
-            seed=self.seed,
-            start_batch=partial(next_batch, self.trainer),
-            rank=rank,
-            world_size=world_size,
-        )
-
-    def val_dataloader(self) -> DataLoader[VideoBatch]:
-        """This rank's part of TAP-Vid DAVIS or of the held-out sequences, one video per batch.
-
-        Raises:
-            ValueError: neither ``val_path`` nor ``val_share``.
-        """
-        self.setup()
-        if self.val_clips is None:
-            raise ValueError("nothing to validate on: give val_path, or val_share above 0")
-        rank, world_size = ranks(self.trainer)
-        return evaluation_loader(self.val_clips, num_workers=self.num_workers, rank=rank, world_size=world_size)
-
-    def test_dataloader(self) -> DataLoader[VideoBatch]:
-        """As :meth:`val_dataloader`."""
-        return self.val_dataloader()
 
 
 def plain_clip(

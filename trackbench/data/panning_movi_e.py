@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from trackbench.data.clip import Size, as_batch
 from trackbench.data.colour import ColourAugmentation
+from trackbench.data.datamodule import ClipDataModule
 from trackbench.data.kubric import SampledTracks
-from trackbench.data.loading import VisitOrder, endless_loader, evaluation_loader, next_batch, ranks
+from trackbench.data.loading import VisitOrder
 from trackbench.data.tfds import MoviScenes
 from trackbench.structures import VideoBatch
 
@@ -113,7 +112,7 @@ class ValidationScenes(Dataset[VideoBatch]):
         return asked_as_sampled(tracks, name, max(len(tracks.xy), 1))
 
 
-class PanningMoviEDataModule(pl.LightningDataModule):
+class PanningMoviEDataModule(ClipDataModule):
     """Panning MOVi-E with tracks made on the fly: Chrono's training clips, endless; validation on its own split.
 
     Chrono validates on TAP-Vid DAVIS every 1000 steps: ``validation=tapvid_davis`` does that.
@@ -137,6 +136,8 @@ class PanningMoviEDataModule(pl.LightningDataModule):
         FileNotFoundError: in ``setup``, no data set at ``path``, or shards of it are missing.
         ValueError: in ``setup``, it lacks a split or a feature.
     """
+
+    how_to_validate = "give val_split, or validation=tapvid_davis"
 
     def __init__(
         self,
@@ -194,37 +195,6 @@ class PanningMoviEDataModule(pl.LightningDataModule):
         self.setup()
         assert self.train_clips is not None
         return len(self.train_clips.scenes)
-
-    def train_dataloader(self) -> DataLoader[VideoBatch]:
-        """Training batches from where the trainer is, on this rank."""
-        self.setup()
-        assert self.train_clips is not None
-        rank, world_size = ranks(self.trainer)
-        return endless_loader(
-            self.train_clips,  # endless itself, so that what is drawn differs with every visit
-            self.batch_size,
-            self.num_workers,
-            seed=self.seed,
-            start_batch=partial(next_batch, self.trainer),
-            rank=rank,
-            world_size=world_size,
-        )
-
-    def val_dataloader(self) -> DataLoader[VideoBatch]:
-        """This rank's part of the validation scenes, one per batch.
-
-        Raises:
-            ValueError: ``val_split`` is None.
-        """
-        self.setup()
-        if self.val_clips is None:
-            raise ValueError("nothing to validate on: give val_split, or validation=tapvid_davis")
-        rank, world_size = ranks(self.trainer)
-        return evaluation_loader(self.val_clips, num_workers=self.num_workers, rank=rank, world_size=world_size)
-
-    def test_dataloader(self) -> DataLoader[VideoBatch]:
-        """As :meth:`val_dataloader`."""
-        return self.val_dataloader()
 
 
 def asked_as_sampled(tracks: SampledTracks, name: str, num_points: int) -> VideoBatch:

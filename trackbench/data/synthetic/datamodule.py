@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from lightning import LightningDataModule
-from torch.utils.data import DataLoader
-
-from trackbench.data.loading import endless_loader, evaluation_loader, next_batch, ranks
+from trackbench.data.datamodule import ClipDataModule
 from trackbench.data.synthetic.dataset import QueryTime, SyntheticDataset
-from trackbench.structures import VideoBatch
 
 
-class SyntheticDataModule(LightningDataModule):
+class SyntheticDataModule(ClipDataModule):
     """Endless synthetic training clips; validation and test on a fixed, finite split.
 
     Validation clips depend on ``val_seed`` and not on ``seed``: runs that differ in their seed are compared
@@ -91,25 +87,3 @@ class SyntheticDataModule(LightningDataModule):
         self.val_batch_size = val_batch_size
         self.num_workers = num_workers
         self.seed = seed
-
-    def train_dataloader(self) -> DataLoader[VideoBatch]:
-        """Training batches from where the trainer is, on this rank."""
-        rank, world_size = ranks(self.trainer)
-        return endless_loader(
-            self.train_clips,
-            self.batch_size,
-            self.num_workers,
-            seed=self.seed,
-            start_batch=partial(next_batch, self.trainer),
-            rank=rank,
-            world_size=world_size,
-        )
-
-    def val_dataloader(self) -> DataLoader[VideoBatch]:
-        """This rank's part of the validation clips."""
-        rank, world_size = ranks(self.trainer)
-        return evaluation_loader(self.val_clips, self.val_batch_size, self.num_workers, rank, world_size)
-
-    def test_dataloader(self) -> DataLoader[VideoBatch]:
-        """The same clips as for validation."""
-        return self.val_dataloader()
