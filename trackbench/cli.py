@@ -12,6 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from trackbench.data.prepare.command import add_prepare_commands
+from trackbench.robotics.command import add_h5_commands
 from trackbench.structures import Tracks
 
 WIDEST_TABLE = 160  # columns; a narrow terminal wraps lines rather than losing numbers
@@ -68,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     bench.add_argument("-h", "--help", action="store_true", help="explain every key and its default")
     bench.set_defaults(run=_bench, usage=bench.format_usage())
+
+    prepare = commands.add_parser("prepare", help="make, convert or fetch training data and benchmarks")
+    add_prepare_commands(prepare)
+
+    h5 = commands.add_parser("h5", help="robotics: HDF5 episodes to reviewed keypoint tracks and back")
+    add_h5_commands(h5)
 
     demo = commands.add_parser("demo", help="train tiny trackers, compare them, write a report")
     demo.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder (default: outputs/demo)")

@@ -1,0 +1,1 @@
+"""`trackbench prepare NAME`: training data and benchmarks made, converted or fetched."""

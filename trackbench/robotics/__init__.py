@@ -1,0 +1,1 @@
+"""HDF5 episodes of robots to reviewed keypoint tracks and back."""
