@@ -7,6 +7,7 @@ from functools import partial
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset
 
+from trackbench.data.bad_samples import DEFAULT_LIMIT
 from trackbench.data.loading import endless_loader, evaluation_loader, next_batch, ranks
 from trackbench.structures import VideoBatch
 
@@ -23,6 +24,7 @@ class ClipDataModule(pl.LightningDataModule):
         val_batch_size: validation clips per batch.
         num_workers: loading processes, for training and for validation.
         seed: of the loader's workers and the order of the clips.
+        max_bad_samples: see :func:`~trackbench.data.loading.endless_loader`.
         how_to_validate: what to do about a missing ``val_clips``, for the error.
     """
 
@@ -32,6 +34,7 @@ class ClipDataModule(pl.LightningDataModule):
     val_batch_size: int = 1
     num_workers: int = 0
     seed: int = 0
+    max_bad_samples: int = DEFAULT_LIMIT
     how_to_validate: str = "give val_clips"
 
     def train_dataloader(self) -> DataLoader[VideoBatch]:
@@ -47,6 +50,7 @@ class ClipDataModule(pl.LightningDataModule):
             start_batch=partial(next_batch, self.trainer),
             rank=rank,
             world_size=world_size,
+            max_bad_samples=self.max_bad_samples,
         )
 
     def val_dataloader(self) -> DataLoader[VideoBatch]:

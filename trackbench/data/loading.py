@@ -21,6 +21,7 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+from trackbench.data.bad_samples import DEFAULT_LIMIT, BadSamples
 from trackbench.structures import VideoBatch
 
 Transform = Callable[[VideoBatch, np.random.Generator], VideoBatch]
@@ -103,12 +104,18 @@ class EndlessBatches(Sampler[list[int]]):
 class _Stream(Dataset[VideoBatch]):
     """The dataset as an endless stream: indexed by position, with the randomness of that visit."""
 
-    def __init__(self, dataset: Dataset[VideoBatch], order: VisitOrder, transform: Transform | None) -> None:
+    def __init__(
+        self, dataset: Dataset[VideoBatch], order: VisitOrder, transform: Transform | None, bad: BadSamples
+    ) -> None:
         self.dataset = dataset
         self.order = order
         self.transform = transform
+        self.bad = bad
 
     def __getitem__(self, position: int) -> VideoBatch:
+        return self.bad.good(self._read, position)
+
+    def _read(self, position: int) -> VideoBatch:
         sample = self.dataset[self.order.index(position)]
         if self.transform is None:
             return sample
@@ -125,6 +132,7 @@ def endless_loader(
     world_size: int = 1,
     shuffle: bool = True,
     transform: Transform | None = None,
+    max_bad_samples: int = DEFAULT_LIMIT,
 ) -> DataLoader[VideoBatch]:
     """A training loader without end: batch k is a function of (seed, k, rank, world_size) alone.
 
@@ -141,17 +149,20 @@ def endless_loader(
         shuffle: visit a finite dataset in a new random order each epoch. An endless one is read in its order.
         transform: random augmentation, ``transform(sample, rng)``, run in the worker; the generator differs
             for every visit.
+        max_bad_samples: so many different samples of this rank that cannot be read are replaced by others, see
+            :class:`~trackbench.data.bad_samples.BadSamples`; the next one ends the run.
 
     Returns:
         A loader of :class:`VideoBatch`. It has no ``len``.
 
     Raises:
-        ValueError: an empty dataset, or a batch size or rank that makes no sense.
+        ValueError: an empty dataset, or a batch size or rank that makes no sense; while iterating, too many bad
+            samples.
     """
     order = VisitOrder(_length(dataset), seed, shuffle)
     batches = EndlessBatches(batch_size, start_batch, rank, world_size)
     return DataLoader(
-        _Stream(dataset, order, transform),
+        _Stream(dataset, order, transform, BadSamples(max_bad_samples)),
         batch_sampler=batches,
         generator=torch.Generator().manual_seed(seed),
         **_loader_settings(num_workers),
@@ -205,6 +216,12 @@ def evaluation_loader(
         generator=torch.Generator().manual_seed(0),
         **_loader_settings(num_workers),
     )
+
+
+def bad_training_samples(loader: object) -> int:
+    """How many different samples an :func:`endless_loader` could not read so far, on this rank."""
+    stream = getattr(loader, "dataset", None)
+    return stream.bad.count if isinstance(stream, _Stream) else 0
 
 
 def ranks(trainer: Trainer | None) -> tuple[int, int]:

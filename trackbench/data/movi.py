@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from trackbench.data.augmentation import TrackOnAugmentation
+from trackbench.data.bad_samples import DEFAULT_LIMIT
 from trackbench.data.clip import Clip, Size, as_batch, centre_crop, choose_points, hide_outside
 from trackbench.data.datamodule import ClipDataModule
 from trackbench.data.folder import TrackFolder
@@ -171,6 +172,7 @@ class MoviFDataModule(ClipDataModule):
         val_path: TAP-Vid DAVIS, its ``.pkl`` file or the folder of it; None: held-out sequences.
         val_share: of the sequences (at least one) that is held out where there is no ``val_path``; 0: none.
         split: of a TFDS data set, to train on.
+        max_bad_samples: see :func:`~trackbench.data.loading.endless_loader`.
 
     Raises:
         FileNotFoundError: in ``setup``, nothing at ``path`` or at ``val_path``.
@@ -194,6 +196,7 @@ class MoviFDataModule(ClipDataModule):
         val_path: str | Path | None = None,
         val_share: float = 0.01,
         split: str = "train",
+        max_bad_samples: int = DEFAULT_LIMIT,
     ) -> None:
         super().__init__()
         if not 0 <= val_share < 1:
@@ -210,6 +213,7 @@ class MoviFDataModule(ClipDataModule):
         self.val_path = val_path
         self.val_share = val_share
         self.split = split
+        self.max_bad_samples = max_bad_samples
         self.train_clips: TrainingClips | None = None
         self.val_clips: Dataset[VideoBatch] | None = None
 

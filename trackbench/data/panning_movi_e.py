@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from trackbench.data.bad_samples import DEFAULT_LIMIT
 from trackbench.data.clip import Size, as_batch
 from trackbench.data.colour import ColourAugmentation
 from trackbench.data.datamodule import ClipDataModule
@@ -131,6 +132,7 @@ class PanningMoviEDataModule(ClipDataModule):
         split: to train on.
         val_split: to validate on; None: not at all.
         val_videos: validation clips, at most.
+        max_bad_samples: see :func:`~trackbench.data.loading.endless_loader`.
 
     Raises:
         FileNotFoundError: in ``setup``, no data set at ``path``, or shards of it are missing.
@@ -154,6 +156,7 @@ class PanningMoviEDataModule(ClipDataModule):
         split: str = "train",
         val_split: str | None = "validation",
         val_videos: int = 30,
+        max_bad_samples: int = DEFAULT_LIMIT,
     ) -> None:
         super().__init__()
         self.path = path
@@ -168,6 +171,7 @@ class PanningMoviEDataModule(ClipDataModule):
         self.split = split
         self.val_split = val_split
         self.val_videos = val_videos
+        self.max_bad_samples = max_bad_samples
         self.train_clips: SceneClips | None = None
         self.val_clips: ValidationScenes | None = None
 

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from trackbench.data.loading import bad_training_samples
 from trackbench.data.video_io import write_video
 from trackbench.structures import Tracks, VideoBatch
 from trackbench.visualization import overlay
@@ -20,6 +22,23 @@ class StepProgressBar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"{'Training':{len(self.validation_description)}}"
+
+
+class BadSampleCount(pl.Callback):
+    """Report training samples that could not be read: ``train/bad_samples`` of rank 0, at the end of all ranks."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: VideoBatch, batch_idx: int
+    ) -> None:
+        """Log the count so far, where there is one: most runs have none."""
+        if count := bad_training_samples(trainer.train_dataloader):
+            pl_module.log("train/bad_samples", float(count), rank_zero_only=True, batch_size=1)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say how many there were."""
+        here = torch.tensor(bad_training_samples(trainer.train_dataloader), device=pl_module.device)
+        if count := int(trainer.strategy.reduce(here, reduce_op="sum")):
+            rank_zero_warn(f"{count} training samples could not be read and were replaced; the log names them")
 
 
 class OverlayVideo(pl.Callback):
