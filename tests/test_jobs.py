@@ -1,0 +1,60 @@
+"""Pieces of work in several processes: all are done, failures are told apart."""
+
+from __future__ import annotations
+
+import os
+import signal
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from trackbench.jobs import run_jobs
+
+
+def work(number: int) -> int:
+    if number == 3:
+        raise ValueError("three is\nbad")
+    if number == 5:
+        raise FileNotFoundError(2, "no such file", "five")
+    if number == 9:
+        raise KeyError("a defect")
+    return number * number
+
+
+def dies(number: int) -> int:
+    if number == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failure_ends_its_piece_alone(workers: int) -> None:
+    shown = StringIO()
+    outcomes = sorted(
+        run_jobs(work, range(7), workers, "squaring", Console(file=shown)), key=lambda outcome: outcome.item
+    )
+    assert [o.result for o in outcomes] == [0, 1, 4, None, 16, None, 36]
+    assert {o.item: o.error for o in outcomes if o.error} == {
+        3: "three is bad",
+        5: "[Errno 2] no such file: 'five'",
+    }
+    assert "squaring" in shown.getvalue()
+    assert "7/7" in shown.getvalue()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_defects_end_the_run(workers: int) -> None:
+    with pytest.raises(KeyError, match="defect"):
+        list(run_jobs(work, [9, 9], workers, console=Console(quiet=True)))
+
+
+def test_a_killed_process_fails_its_items_with_a_reason() -> None:
+    outcomes = list(run_jobs(dies, [1, 2, 3, 4], 2, console=Console(quiet=True)))
+    assert sorted(o.item for o in outcomes) == [1, 2, 3, 4]
+    assert next(o.error for o in outcomes if o.item == 2) == "its process was killed (out of memory?)"
+
+
+def test_workers_must_make_sense() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        list(run_jobs(work, [1], 0))
