@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from folder_fakes import write_sequence, write_sequences
+from folder_fakes import wander, write_sequence, write_sequences
 from PIL import Image
 
 from trackbench.data.clip import as_batch, centre_crop, choose_points, hide_outside
 from trackbench.data.folder import TrackFolder
-from trackbench.data.safe_pickle import UnsafePickleError
+from trackbench.data.safe_pickle import PickledArray, UnsafePickleError
 
 CROPS = {"T24_crop48": (24, (48, 48)), "T16_full": (16, (64, 64)), "T24_crop40x56": (24, (40, 56))}
 
@@ -77,6 +77,41 @@ def test_frames_are_in_order_of_number_and_windows_match_their_tracks(tmp_path: 
         sequence.clip(5, 8)
 
 
+def test_cotracker3_sequences_are_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    T, N, size = 120, 600, (40, 48)
+    xy = wander(rng, N, T, size)
+    outside = ((xy < 0) | (xy >= size[::-1])).any(axis=2)
+    frames = rng.integers(0, 256, (T, *size, 3), dtype=np.uint8)
+    extra = {
+        "coords_depth": np.ones((N, T), np.float32),
+        "depth": np.ones((T, *size, 1), np.float32),
+        "segmentations": np.zeros((T, *size, 1), np.uint8),
+        "camera": {
+            "focal_length": np.float32(35),
+            "positions": np.asfortranarray(rng.random((T, 3))),
+            "quaternions": [np.ones(4)] * T,
+        },
+    }
+    write_sequence(tmp_path / "0576", frames, xy, outside, **extra)
+    (tmp_path / "0576" / "depths").mkdir()
+    for t in range(T):
+        np.save(tmp_path / "0576" / "depths" / f"{t:03}.npy", extra["depth"][t])
+    for t in (0, 9, 34, 119):  # not of the clip, so nobody sees that they are damaged
+        (tmp_path / "0576" / "frames" / f"{t:03}.png").write_bytes(b"")
+
+    loaded = []
+    load = PickledArray.load
+    monkeypatch.setattr(PickledArray, "load", lambda array: loaded.append(array.shape) or load(array))
+    sequence = TrackFolder(tmp_path)[0]
+    clip = sequence.clip(10, 24)
+    assert loaded == [(N, T, 2), (N, T)]
+    np.testing.assert_array_equal(clip.frames, frames[10:34])
+    np.testing.assert_array_equal(clip.xy, xy.astype(np.float32)[:, 10:34])
+    np.testing.assert_array_equal(clip.visible, ~outside[:, 10:34])
+    assert clip.xy.dtype == np.float64
+
+
 def test_points_without_position_must_be_occluded(tmp_path: Path) -> None:
     frames, xy = np.zeros((2, 4, 6, 3), np.uint8), np.ones((3, 2, 2))
     xy[1, 1] = np.inf
@@ -99,6 +134,9 @@ def test_no_folder_or_nothing_in_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         TrackFolder(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="expected folders NAME"):
+        TrackFolder(tmp_path)
+    (tmp_path / "0000.tar.gz").touch()
+    with pytest.raises(FileNotFoundError, match=r"expected folders NAME .* got archives: unpack each"):
         TrackFolder(tmp_path)
 
 

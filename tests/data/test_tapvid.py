@@ -191,7 +191,11 @@ def change(**entries: Any) -> dict[str, Any]:
         ("text", "expected a dict or a list of videos, got str"),
         ({"clip": 3}, "video 'clip' must be a dict, got int"),
         ({"clip": {"video": np.zeros(3)}}, "video 'clip' lacks occluded, points"),
-        ({"clip": change(points=np.zeros((4, 5, 2)))}, r"points must be float \(N, 6, 2\)"),
+        ({"clip": change(points=np.zeros((4, 6, 3)))}, r"points must be float \(N, T, 2\)"),
+        (
+            {"clip": change(points=np.zeros((4, 5, 2)), occluded=np.zeros((4, 5), bool))},
+            "expected 5 frames as in its points, got 6",
+        ),
         ({"clip": change(occluded=np.zeros((3, 6), bool))}, r"occluded must be bool \(4, 6\)"),
         ({"clip": change(occluded=np.zeros((4, 6)))}, "occluded must be bool"),
         ({"clip": change(occluded=np.ones((4, 6), bool))}, "none of the 4 tracks is ever visible"),
@@ -200,7 +204,7 @@ def change(**entries: Any) -> dict[str, Any]:
         ({"clip": change(video=[b"no image"] * 6)}, "frame 0 is not a readable JPEG"),
         ({"clip": change(video=[jpeg(np.zeros((9, 9, 3), np.uint8))[:200]] * 6)}, "not a readable JPEG"),
         ({"clip": change(video=[3] * 6)}, "frame 0 must be the bytes of a JPEG, got int"),
-        ({"clip": change(video=[])}, "expected frames of one size, got 0"),
+        ({"clip": change(video=[])}, "expected 6 frames as in its points, got 0"),
         (
             {"clip": change(video=[jpeg(np.zeros((9, 9 + t, 3), np.uint8)) for t in range(6)])},
             "expected frames of one size",

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import DictConfig
 
 from trackbench.composition import compose_config
+from trackbench.data.prepare.kinetics import prepare_kinetics
 from trackbench.evaluation.main import evaluate_models
 
 
@@ -69,6 +70,27 @@ def test_published_files_in_both_query_modes(data_fixtures: Path, tmp_path: Path
     assert {(row["benchmark"], row["query_mode"]) for row in summary["results"]} == {
         (f"tapvid_{name}", mode) for name in ("davis", "kinetics") for mode in ("first", "strided")
     }
+
+
+def test_results_on_a_part_of_kinetics_say_how_many_videos_were_there(
+    data_fixtures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = data_fixtures / "tapvid" / "kinetics_raw"
+    data, output = tmp_path / "data", tmp_path / "results"
+    overrides = ["benchmark=tapvid_kinetics", f"benchmark.path={data}", "models=[static]", "overlays=0"]
+    for shifted in (False, True):
+        prepare_kinetics(raw / "tapvid_kinetics.csv", raw / "videos", data, half_pixel_shift=shifted)
+        capsys.readouterr()
+        evaluate_models(settings(output, *overrides))
+        assert "mean over 2 of 3 videos" in capsys.readouterr().out
+        (summary,) = json.loads((output / "results" / "summary.json").read_text())["results"]
+        assert summary["num_videos"] == 2
+        assert summary["benchmark_videos"] == 3
+        assert summary["half_pixel_shift"] == ("yes" if shifted else "no")
+        for file in ("results/table.md", "report.html"):
+            text = (output / file).read_text()
+            assert "2 of 3" in text
+            assert ("half-pixel shift" in text) == shifted
 
 
 def test_bad_settings_are_refused(tmp_path: Path) -> None:

@@ -65,6 +65,39 @@ def test_resuming_knows_what_was_run(tmp_path: Path) -> None:
     assert not ResultsStore(tmp_path, resume=False).has("m", "abc", "b", "a", "first")
 
 
+def test_a_part_of_a_benchmark_says_so(tmp_path: Path) -> None:
+    store = ResultsStore(tmp_path)
+    about = {"benchmark_videos": 1189, "half_pixel_shift": "no"}
+    store.add(row("a", 0.5, **about))
+    store.add(row("a", 0.5, benchmark="whole"))
+    again = ResultsStore(tmp_path)
+    part, whole = again.summary()
+    assert {**part, **about} == part
+    assert not about.keys() & whole.keys()
+    assert [line["videos"] for line in headline_rows([part, whole])] == ["1 of 1189", "1"]
+    assert [line["benchmark"] for line in headline_rows([part, whole])] == ["b (first)", "whole (first)"]
+    (shifted,) = headline_rows([{**part, "half_pixel_shift": "yes"}])
+    assert shifted["benchmark"] == "b (first, half-pixel shift)"
+
+
+def test_rows_on_other_data_are_run_again_and_not_averaged(tmp_path: Path) -> None:
+    store = ResultsStore(tmp_path)
+    before = {"benchmark_videos": 3, "half_pixel_shift": "no"}
+    after = {"benchmark_videos": 3, "half_pixel_shift": "yes"}
+    for one in (row("a", 0.5, **before), row("b", 0.5, **before), row("a", 0.5, model="other", **before)):
+        store.add(one)
+    again = ResultsStore(tmp_path)
+    assert again.has("m", "abc", "b", "a", "first", before)
+    assert not again.has("m", "abc", "b", "a", "first", after)
+    assert not again.has("m", "abc", "b", "a", "first")
+    again.add(row("a", 0.25, **after))
+    rows = ResultsStore(tmp_path).rows
+    assert [(r["model"], r["video"], r["half_pixel_shift"]) for r in rows] == [
+        ("m", "a", "yes"),
+        ("other", "a", "no"),
+    ]
+
+
 def test_without_resume_old_rows_of_the_model_go(tmp_path: Path) -> None:
     first = ResultsStore(tmp_path)
     for one in (row("a", 0.5), row("b", 0.5), row("a", 0.5, model="other")):

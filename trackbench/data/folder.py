@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +21,13 @@ class TrackedSequence:
     Attributes:
         folder: where it lies; its name is the sequence's.
         files: T PNG files, in order.
-        xy: (N, T, 2) float64, pixels.
+        xy: (N, T, 2) floating point as it is stored, pixels.
         visible: (N, T) bool.
     """
 
     folder: Path
     files: list[Path]
-    xy: NDArray[np.float64]
+    xy: NDArray[np.floating[Any]]
     visible: NDArray[np.bool_]
 
     @property
@@ -56,7 +57,8 @@ class TrackedSequence:
                     f"{file}: is {frame.shape[:2]} (height, width), the frames before it are {first.shape[:2]}"
                 )
             frames[t] = frame
-        return Clip(frames, self.xy[:, start:stop], self.visible[:, start:stop], self.folder.name)
+        xy = self.xy[:, start:stop].astype(np.float64)
+        return Clip(frames, xy, self.visible[:, start:stop], self.folder.name)
 
 
 class TrackFolder:
@@ -65,14 +67,19 @@ class TrackFolder:
     ``<name>/frames/*.png`` are the frames, numbered without a gap (``000.png``, ...), and ``<name>/<name>.npy``
     holds a dict with ``coords`` (N, T, 2), x and y in pixels, and ``visibility`` (N, T) bool. Despite its name
     ``visibility`` is True where a point is *occluded*: so it is in the data of CoTracker and of Track-On, and
-    both loaders negate it. Other entries of the dict (CoTracker3's depths and cameras) are not read. The
-    pickle inside the ``.npy`` is parsed, not run.
+    both loaders negate it. The pickle inside the ``.npy`` is parsed, not run.
+
+    CoTracker3's Kubric set (``facebook/CoTracker3_Kubric`` on the Hugging Face hub: 5869 sequences of 120
+    frames, 512x512, 32768 tracks) has the same layout, one archive ``NAME.tar.gz`` per sequence: unpack each,
+    ``for file in *.tar.gz; do tar -xzf "$file"; done``. What it has more (``camera``, ``depth``,
+    ``segmentations`` and ``coords_depth`` in the dict, ``NAME/depths/*.npy``) stays in the files; of the frames
+    only those of a clip are decoded.
 
     Args:
         root: the folder of sequences.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no folder in it.
+        FileNotFoundError: there is no such folder, or no folder in it, as before its archives are unpacked.
         ValueError: when a sequence is read: its annotations are missing, damaged or of another shape, or there
             is not one frame for each of their T.
     """
@@ -85,7 +92,10 @@ class TrackFolder:
             path.name for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(".")
         )
         if not self.names:
-            raise FileNotFoundError(f"{self.root}: expected folders NAME with NAME/frames and NAME/NAME.npy")
+            packed = ", got archives: unpack each of them first" if any(self.root.glob("*.tar*")) else ""
+            raise FileNotFoundError(
+                f"{self.root}: expected folders NAME with NAME/frames and NAME/NAME.npy{packed}"
+            )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -102,7 +112,7 @@ class TrackFolder:
         return TrackedSequence(folder, files, xy, visible)
 
 
-def _read_annotations(file: Path) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def _read_annotations(file: Path) -> tuple[NDArray[np.floating[Any]], NDArray[np.bool_]]:
     try:
         content = load_npy_dict(file, lazy=True)
     except FileNotFoundError as error:
@@ -124,8 +134,8 @@ def _read_annotations(file: Path) -> tuple[NDArray[np.float64], NDArray[np.bool_
     finite = np.isfinite(coords).all(axis=2)
     if (visible & ~finite).any():
         raise ValueError(f"{file}: coords of visible points must be finite, got NaN or infinity")
-    # an unseen point may have no position (behind the camera); no loss looks at it
-    return np.where(finite[..., None], coords, 0).astype(np.float64), visible
+    coords[~finite] = 0  # an unseen point may have no position (behind the camera); no loss looks at it
+    return coords, visible
 
 
 def _numbered(folder: Path) -> list[Path]:

@@ -7,8 +7,7 @@ Every item is one video as a :class:`~trackbench.structures.VideoBatch` with B =
 from __future__ import annotations
 
 import itertools
-import zipfile
-import zlib
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from io import BytesIO
@@ -16,23 +15,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import mediapy
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from trackbench.data.evaluation_clip import (
+    Frames,
+    Resolution,
+    as_flags,
+    as_resolution,
+    decode_image,
+    evaluation_item,
+    read_npz,
+    resized,
+    stack_frames,
+)
 from trackbench.data.loading import evaluation_loader, ranks
-from trackbench.data.queries import sample_queries
+from trackbench.data.manifest import Manifest
 from trackbench.data.safe_pickle import PickledArray, PickledBytes, load_pickle
 from trackbench.structures import QueryMode, VideoBatch
 
-Resolution = tuple[int, int]
-TapVidName = Literal["davis", "rgb_stacking", "kinetics", "robotap"]
-Frames = Iterable[NDArray[np.uint8]]
+log = logging.getLogger(__name__)
 
-_FILES: dict[str, str] = {
+TapVidName = Literal["davis", "rgb_stacking", "kinetics", "robotap"]
+
+FILES: dict[str, str] = {
     "davis": "tapvid_davis.pkl",
     "rgb_stacking": "tapvid_rgb_stacking.pkl",
     "kinetics": "[0-9][0-9][0-9][0-9]_of_[0-9][0-9][0-9][0-9].pkl",
@@ -48,7 +55,8 @@ class TapVidDataset(Dataset[VideoBatch]):
     one.
 
     **Order.** Files by name; in a file, dicts by key and lists by index. A video's name is its key, or
-    ``FILE:INDEX`` where the file has no keys; a key that occurs in two files becomes ``FILE:KEY``.
+    ``FILE:INDEX`` where the file has no keys; a key that occurs in two files becomes ``FILE:KEY``. Kinetics
+    from ``trackbench prepare kinetics`` has its YouTube ids and times as names, from its manifest.
 
     Args:
         dataset: ``davis``, ``rgb_stacking``, ``kinetics`` or ``robotap``.
@@ -60,13 +68,14 @@ class TapVidDataset(Dataset[VideoBatch]):
 
     Attributes:
         names: the name of each video.
+        about: what every result must state, see :class:`~trackbench.data.manifest.Manifest`; empty without one.
 
     Raises:
         FileNotFoundError: nothing at ``path``, or no file of this data set in it.
         UnsafePickleError: a file asks for anything but plain data and numpy arrays.
-        ValueError: a damaged file, or one of another structure. Also when an item is read: a video that does
-            not fit its points, a frame that is not an image, or, in mode ``first``, a video without any
-            visible point.
+        ValueError: a damaged file, one of another structure, or shards that are not those of their manifest.
+            Also when an item is read: a video that does not fit its points, a frame that is not an image, or,
+            in mode ``first``, a video without any visible point.
     """
 
     def __init__(
@@ -76,17 +85,25 @@ class TapVidDataset(Dataset[VideoBatch]):
         query_mode: QueryMode = "first",
         resolution: Sequence[int] | None = (256, 256),
     ) -> None:
-        if dataset not in _FILES:
-            raise ValueError(f"dataset must be one of {', '.join(_FILES)}, got {dataset!r}")
+        if dataset not in FILES:
+            raise ValueError(f"dataset must be one of {', '.join(FILES)}, got {dataset!r}")
         self.dataset = dataset
         self.query_mode: QueryMode = query_mode
-        self.resolution = _as_resolution(resolution)
-        entries = [entry for file in _find_files(Path(path), _FILES[dataset]) for entry in _videos_in(file)]
+        self.resolution = as_resolution(resolution)
+        files = _find_files(Path(path), FILES[dataset])
+        entries = [entry for file in files for entry in _videos_in(file)]
         how_often = Counter(key for _, key, _ in entries)
         self.names = [
             str(key) if isinstance(key, str) and how_often[key] == 1 else f"{file.stem}:{key}"
             for file, key, _ in entries
         ]
+        self.about: dict[str, int | str] = {}
+        manifest = Manifest.read(files[0].parent) if dataset == "kinetics" else None
+        if manifest is not None and (Path(path).is_dir() or files[0].name in manifest.files):
+            of_videos = [file for file, _, _ in entries]
+            self.names = manifest.names_of(files, of_videos, complete=Path(path).is_dir())
+            self.about = manifest.about
+            log.info("%s: %d of the %d videos of the benchmark", path, len(entries), manifest.num_annotated)
         self._videos = [(f"{file}: video {key!r}", video) for file, key, video in entries]
 
     def __len__(self) -> int:
@@ -138,7 +155,7 @@ class TapVidFilesDataset(Dataset[VideoBatch]):
         resolution: Sequence[int] | None = (256, 256),
     ) -> None:
         self.query_mode: QueryMode = query_mode
-        self.resolution = _as_resolution(resolution)
+        self.resolution = as_resolution(resolution)
         self.files = _find_files(Path(path), "*.npz")
         self.names = [file.stem for file in self.files]
 
@@ -147,7 +164,7 @@ class TapVidFilesDataset(Dataset[VideoBatch]):
 
     def __getitem__(self, index: int) -> VideoBatch:
         file = self.files[index]
-        arrays = _read_npz(
+        arrays = read_npz(
             file, required=("jpeg_blob", "jpeg_offsets", "points", "occluded"), optional=("labelled",)
         )
         return _evaluation_item(
@@ -188,7 +205,7 @@ class TapVidDataModule(pl.LightningDataModule):
         self.dataset = dataset
         self.path = path
         self.query_mode: QueryMode = query_mode
-        self.resolution = _as_resolution(resolution)
+        self.resolution = as_resolution(resolution)
         self.num_workers = num_workers
         self.videos: TapVidDataset | TapVidFilesDataset | None = None
 
@@ -227,22 +244,7 @@ def resize_uint8_video(frames: Frames, resolution: Resolution) -> NDArray[np.uin
     Returns:
         (T, height, width, 3) uint8; frames of that size already are left as they are.
     """
-    return np.stack([_resized(frame, resolution) for frame in frames])
-
-
-def _as_resolution(sides: Sequence[int] | None) -> Resolution | None:
-    """Also from the list that a config file gives."""
-    if sides is None:
-        return None
-    if len(sides) != 2 or min(sides) < 1:
-        raise ValueError(f"resolution must be (height, width) in pixels, got {sides}")
-    return int(sides[0]), int(sides[1])
-
-
-def _resized(frame: NDArray[np.uint8], resolution: Resolution | None) -> NDArray[np.uint8]:
-    if resolution is None or frame.shape[:2] == resolution:
-        return frame
-    return mediapy.resize_image(frame, resolution)
+    return np.stack([resized(frame, resolution) for frame in frames])
 
 
 def _evaluation_item(
@@ -255,35 +257,13 @@ def _evaluation_item(
     query_mode: QueryMode,
     resolution: Resolution | None,
 ) -> VideoBatch:
-    images = [torch.from_numpy(_resized(frame, resolution)).permute(2, 0, 1) for frame in frames]
-    sizes = {tuple(image.shape[1:]) for image in images}
-    if len(sizes) != 1:
-        raise ValueError(f"{where}: expected frames of one size, got {len(images)} of sizes {sorted(sizes)}")
-    T, (H, W) = len(images), sizes.pop()
-    if points.ndim != 3 or points.shape[1:] != (T, 2) or points.dtype.kind != "f":
-        raise ValueError(f"{where}: points must be float (N, {T}, 2), got {points.dtype} {points.shape}")
-    visible = ~_flags(occluded, points.shape[:2], f"{where}: occluded")
+    if points.ndim != 3 or points.shape[2] != 2 or points.dtype.kind != "f":
+        raise ValueError(f"{where}: points must be float (N, T, 2), got {points.dtype} {points.shape}")
+    visible = ~as_flags(occluded, points.shape[:2], f"{where}: occluded")
     if labelled is not None:
-        labelled = _flags(labelled, points.shape[:2], f"{where}: labelled")
-    xy = points.astype(np.float64) * (W, H)
-    try:
-        queries, tracks = sample_queries(xy, visible, query_mode, labelled=labelled)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    return VideoBatch(
-        video=torch.stack(images)[None],
-        queries=torch.from_numpy(queries.astype(np.float32))[None],
-        xy=torch.from_numpy(xy[tracks].astype(np.float32))[None],
-        visible=torch.from_numpy(visible[tracks])[None],
-        labelled=None if labelled is None else torch.from_numpy(labelled[tracks])[None],
-        names=[name],
-    )
-
-
-def _flags(values: NDArray[Any], shape: tuple[int, ...], what: str) -> NDArray[np.bool_]:
-    if values.shape != shape or values.dtype.kind not in "biu":
-        raise ValueError(f"{what} must be bool {shape}, got {values.dtype} {values.shape}")
-    return values.astype(bool)
+        labelled = as_flags(labelled, points.shape[:2], f"{where}: labelled")
+    video = stack_frames(frames, points.shape[1], resolution, where)
+    return evaluation_item(where, name, video, points, visible, labelled, query_mode)
 
 
 def _find_files(path: Path, pattern: str) -> list[Path]:
@@ -337,22 +317,7 @@ def _decode_all(files: Iterable[Any], where: str) -> Frames:
         content = data.load() if isinstance(data, PickledBytes) else data
         if not isinstance(content, bytes):
             raise ValueError(f"{where}: frame {t} must be the bytes of a JPEG, got {type(content).__name__}")
-        try:
-            with Image.open(BytesIO(content), formats=("JPEG", "PNG")) as image:
-                yield np.array(image.convert("RGB"))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's for damaged files
-            raise ValueError(f"{where}: frame {t} is not a readable JPEG: {error}") from error
-
-
-def _read_npz(file: Path, required: Sequence[str], optional: Sequence[str]) -> dict[str, NDArray[Any]]:
-    try:
-        with file.open("rb") as opened, np.lib.npyio.NpzFile(opened, allow_pickle=False) as archive:
-            missing = sorted(set(required) - set(archive.files))
-            if missing:
-                raise ValueError(f"it lacks {', '.join(missing)}")
-            return {key: archive[key] for key in (*required, *optional) if key in archive.files}
-    except (OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{file}: not a readable annotated clip: {error}") from error
+        yield decode_image(BytesIO(content), f"{where}: frame {t}")
 
 
 def _cut(blob: NDArray[Any], offsets: NDArray[Any], file: Path) -> Iterable[bytes]:

@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import IO
-from uuid import uuid4
 
 import imageio_ffmpeg
-import mediapy
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+
+from trackbench.files import natural_order, written_whole
 
 Frame = NDArray[np.uint8]
 
@@ -132,6 +132,8 @@ def write_video(path: str | PathLike[str], frames: Iterable[Frame], fps: float) 
         ValueError: another suffix, no frames, frames of another type or shape, or ``fps`` that is not
         positive. RuntimeError: ffmpeg failed.
     """
+    import mediapy  # here, as it is slow to load and readers have no use for it
+
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"{path}: expected a name that ends in .mp4")
@@ -144,31 +146,29 @@ def write_video(path: str | PathLike[str], frames: Iterable[Frame], fps: float) 
     height, width = _checked_frame(first, path).shape[:2]
     padding = ((0, height % 2), (0, width % 2), (0, 0))
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}-{uuid4().hex[:8]}.mp4")
     mediapy.set_ffmpeg(imageio_ffmpeg.get_ffmpeg_exe())
     try:
-        with mediapy.VideoWriter(
-            unfinished,
-            (height + height % 2, width + width % 2),
-            fps=fps,
-            crf=18,
-            encoded_format="yuv420p",
-            ffmpeg_args=_FOR_BROWSERS,
-        ) as writer:
+        with (
+            written_whole(path) as unfinished,
+            mediapy.VideoWriter(
+                unfinished,
+                (height + height % 2, width + width % 2),
+                fps=fps,
+                crf=18,
+                encoded_format="yuv420p",
+                ffmpeg_args=FOR_BROWSERS,
+            ) as writer,
+        ):
             for frame in itertools.chain([first], remaining):
                 if _checked_frame(frame, path).shape[:2] != (height, width):
                     raise ValueError(f"{path}: a frame is {frame.shape[:2]}, the first one {(height, width)}")
                 writer.add_image(np.pad(frame, padding, mode="edge"))
-        unfinished.replace(path)
     except BrokenPipeError as error:
         raise RuntimeError(f"{path}: ffmpeg stopped before all frames were written") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 _BT709 = ("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv")
-_FOR_BROWSERS = ("-vf", "scale=out_color_matrix=bt709:out_range=tv", *_BT709, "-movflags", "+faststart")
+FOR_BROWSERS = ("-vf", "scale=out_color_matrix=bt709:out_range=tv", *_BT709, "-movflags", "+faststart")
 
 
 def _checked_frame(frame: Frame, path: Path) -> Frame:
@@ -181,13 +181,7 @@ def _images_in(folder: Path) -> list[Path]:
     images = [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
     if not images:
         raise ValueError(f"{folder}: no images in this folder, expected {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return sorted(images, key=lambda file: _natural_order(file.name))
-
-
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """Runs of digits count as numbers; the name itself decides between "1" and "01"."""
-    parts = re.split(r"(\d+)", name)
-    return [*((int(part), "") if part.isdigit() else (-1, part) for part in parts), (-1, name)]
+    return sorted(images, key=lambda file: natural_order(file.name))
 
 
 def _read_image(path: Path) -> Frame:

@@ -24,10 +24,12 @@ from trackbench.evaluation.results import (
     Row,
     describe_environment,
     fingerprint,
+    has_half_pixel_shift,
     headline_rows,
     markdown_table,
     per_video_rows,
     rich_table,
+    videos_of,
     write_atomically,
 )
 from trackbench.evaluation.runner import (
@@ -156,6 +158,7 @@ def _accuracy(
     published = published.get("head_settings")
     changes = [head_settings_for(m.tracker, published, keep=m.overrides) for m in models]
     dataset: Benchmark = instantiate(benchmark.dataset)
+    about = getattr(dataset, "about", {})
     wanted = range(min(config.overlays if config.report else 0, len(dataset)))
     drawn: dict[str, dict[str, Any]] = {}
     for model, settings in zip(models, changes, strict=True):
@@ -170,7 +173,7 @@ def _accuracy(
                 panels[name] = _draw(batch, tracks)
 
         def known(video: str, name: str = model.name, checkpoint: str = checkpoint) -> bool:
-            return store.has(name, checkpoint, benchmark.name, video, benchmark.query_mode)
+            return store.has(name, checkpoint, benchmark.name, video, benchmark.query_mode, about)
 
         try:
             with use_head_settings(model.tracker, settings) as in_force:
@@ -249,7 +252,9 @@ def _publish(
         if config.per_video:
             videos.sort(key=lambda row: order.get(row["model"], len(order)))
             console.print(rich_table(per_video_rows(videos), title=f"{benchmark} ({mode}): AJ per video, percent"))
-        title = f"{benchmark} ({mode}): mean over {group[0]['num_videos']} videos, percent"
+        title = f"{benchmark} ({mode}): mean over {videos_of(group[0])} videos, percent"
+        if has_half_pixel_shift(group[0]):
+            title += "; points with the half-pixel shift"
         if speed:
             title += f"; speed with {max(row['num_points'] for row in speed)} points"
         columns = ("model", "AJ", "delta_avg", "OA", *COST_COLUMNS)

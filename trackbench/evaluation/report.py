@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from trackbench.data.video_io import write_video
 from trackbench.evaluation import plots
 from trackbench.evaluation.markup import cell, image, number_cell, short_number, shown_range, table, text
-from trackbench.evaluation.results import HEADLINE, summarise, write_atomically
+from trackbench.evaluation.results import HEADLINE, has_half_pixel_shift, summarise, videos_of, write_atomically
 from trackbench.evaluation.runner import Row, iterate_groups
 from trackbench.evaluation.statistics import Interval, bootstrap_mean, paired_difference
 
@@ -129,6 +129,7 @@ def _benchmark_section(
     intervals = {model: _intervals(group) for model, group in by_model.items()}
     means = {model: summarise(group)[0] for model, group in by_model.items()}
     costs = _largest(speed)
+    shift = ' <span class="tag">half-pixel shift</span>' if has_half_pixel_shift(rows[-1]) else ""
     figures = [
         image(plots.accuracy_bars(intervals, colours), f"Accuracy on {benchmark}"),
         image(plots.threshold_curves(means, colours), f"Points within a distance on {benchmark}"),
@@ -137,7 +138,7 @@ def _benchmark_section(
         picture = plots.speed_against_accuracy(means, costs, colours)
         figures.append(image(picture, f"Accuracy against speed on {benchmark}"))
     return f"""<section>
-<h2>{text(benchmark)} <span class="tag">queries: {text(mode)}</span></h2>
+<h2>{text(benchmark)} <span class="tag">queries: {text(mode)}</span>{shift}</h2>
 {_headline_table(intervals, means, costs, colours)}
 {_difference_table(by_model, reference)}
 <div class="figures">{"".join(f'<div class="card">{figure}</div>' for figure in figures)}</div>
@@ -178,7 +179,7 @@ def _headline_table(
             interval = known[metric]
             value = f'{100 * interval.mean:.1f}<span class="interval">{shown_range(interval)}</span>'
             cells.append(cell(value, interval.mean, best=len(intervals) > 1 and interval.mean == best[metric]))
-        cells.append(cell(str(means[model]["num_videos"]), means[model]["num_videos"]))
+        cells.append(cell(videos_of(means[model]), means[model]["num_videos"]))
         cells += _cost_cells(means[model], costs.get(model))
         body.append(f"<tr>{''.join(cells)}</tr>")
     return f"""<div class="card">{table(headers, body, text_columns=1)}</div>

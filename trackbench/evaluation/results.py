@@ -35,7 +35,10 @@ from trackbench.metrics import METRICS
 KEY = ("model", "checkpoint", "benchmark", "video", "query_mode")
 GROUP = ("model", "checkpoint", "benchmark", "query_mode")
 HEADLINE = {"average_jaccard": "AJ", "average_pts_within_thresh": "delta_avg", "occlusion_accuracy": "OA"}
-INTEGER_COLUMNS = {"num_points", "num_frames", "height", "width"}
+# columns that say what the videos are, where the benchmark has them as its attribute `about`: videos of the
+# complete benchmark, and whether points are shifted as the generator of TAP-Vid Kinetics does it
+ABOUT = ("benchmark_videos", "half_pixel_shift")
+INTEGER_COLUMNS = {"num_points", "num_frames", "height", "width", "benchmark_videos"}
 
 
 class ResultsStore:
@@ -64,12 +67,33 @@ class ResultsStore:
             key=lambda r: _key(r, ("benchmark", "query_mode", "model", "checkpoint", "video")),
         )
 
-    def has(self, model: str, checkpoint: str, benchmark: str, video: str, query_mode: str) -> bool:
-        """Whether this row is there already and need not be run again (never, without ``resume``)."""
-        return self.resume and (model, checkpoint, benchmark, video, query_mode) in self._rows
+    def has(
+        self,
+        model: str,
+        checkpoint: str,
+        benchmark: str,
+        video: str,
+        query_mode: str,
+        about: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Whether this row is there already and need not be run again (never, without ``resume``).
+
+        Args:
+            model: as in the row, like the next four.
+            checkpoint: see :func:`fingerprint`.
+            benchmark: its name.
+            video: its name.
+            query_mode: ``first`` or ``strided``.
+            about: values of ``ABOUT`` that the row must have.
+        """
+        row = self._rows.get((model, checkpoint, benchmark, video, query_mode)) if self.resume else None
+        return row is not None and all(row.get(name) == (about or {}).get(name) for name in ABOUT)
 
     def add(self, row: Row) -> None:
         """Keep a row, and write the file it belongs to.
+
+        Rows of the same model, benchmark and query mode that differ in ``ABOUT`` are dropped: they do not belong
+        into one mean.
 
         Raises:
             ValueError: when the row lacks one of the columns of ``KEY``.
@@ -81,6 +105,12 @@ class ResultsStore:
         if not self.resume and group not in self._fresh:
             self._rows = {key: old for key, old in self._rows.items() if _key(old, GROUP) != group}
         self._fresh.add(group)
+        about = [row.get(name) for name in ABOUT]
+        self._rows = {
+            key: old
+            for key, old in self._rows.items()
+            if _key(old, GROUP) != group or [old.get(name) for name in ABOUT] == about
+        }
         self._rows[_key(row, KEY)] = row
         path = self._path(row)
         write_rows(path, [other for other in self.rows if self._path(other) == path])
@@ -119,7 +149,10 @@ class ResultsStore:
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:
-    """Means over videos per model, checkpoint, benchmark and query mode, with ``num_videos`` and ``fps``."""
+    """Means over videos per model, checkpoint, benchmark and query mode, with ``num_videos`` and ``fps``.
+
+    Where the rows say what the videos are (``ABOUT``), so do the means.
+    """
     summaries = []
     for key, group in iterate_groups(rows, *GROUP):
         seconds = sum(row["seconds"] for row in group)
@@ -127,6 +160,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
             {
                 **dict(zip(GROUP, key, strict=True)),
                 "num_videos": len(group),
+                **{name: group[-1][name] for name in ABOUT if group[-1].get(name) is not None},
                 **average(group, metric_names(group)),
                 "fps": sum(row["num_frames"] for row in group) / seconds if seconds else math.nan,
             }
@@ -181,6 +215,17 @@ def describe_environment(device: torch.device | str = "cpu", command: Sequence[s
     }
 
 
+def videos_of(summary: Row) -> str:
+    """How many videos a mean is over: "30", or "1071 of 1189" where the complete benchmark has more."""
+    complete = summary.get("benchmark_videos")
+    return str(summary["num_videos"]) if complete is None else f"{summary['num_videos']} of {complete}"
+
+
+def has_half_pixel_shift(summary: Row) -> bool:
+    """Whether the points are shifted as the generator of TAP-Vid Kinetics does it."""
+    return summary.get("half_pixel_shift") == "yes"
+
+
 def headline_rows(summaries: Sequence[Row], speed: Sequence[Row] = ()) -> list[Row]:
     """Models against AJ, delta_avg, OA and what they cost, in percent and as text.
 
@@ -193,13 +238,14 @@ def headline_rows(summaries: Sequence[Row], speed: Sequence[Row] = ()) -> list[R
     table = []
     for row in summaries:
         cost = costs.get(row["model"], {})
+        shift = ", half-pixel shift" if has_half_pixel_shift(row) else ""
         latency = f"{cost['latency_ms']:.1f} @ {cost['num_points']}" if cost else "-"
         table.append(
             {
-                "benchmark": f"{row['benchmark']} ({row['query_mode']})",
+                "benchmark": f"{row['benchmark']} ({row['query_mode']}{shift})",
                 "model": row["model"],
                 **{name: f"{100 * row[key]:.1f}" for key, name in HEADLINE.items() if key in row},
-                "videos": str(row["num_videos"]),
+                "videos": videos_of(row),
                 "frames/s": f"{cost.get('fps', row['fps']):.1f}",
                 "ms @ points": latency,
                 "peak MiB": f"{cost['peak_memory_mib']:.0f}" if cost.get("peak_memory_mib") is not None else "-",

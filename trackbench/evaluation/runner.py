@@ -32,7 +32,11 @@ class Tracker(Protocol):
 
 
 class Benchmark(Protocol):
-    """Videos by index, each a :class:`VideoBatch` with B = 1 and the video's name."""
+    """Videos by index, each a :class:`VideoBatch` with B = 1 and the video's name.
+
+    It may have ``names``, the names of all, and ``about``, columns that every row gets (see
+    :data:`trackbench.evaluation.results.ABOUT`).
+    """
 
     def __len__(self) -> int: ...
 
@@ -90,8 +94,8 @@ def evaluate(
 
     Returns:
         One row per video that was run: ``model``, ``benchmark``, ``video``, ``query_mode``, ``tags``, the
-        metrics of :func:`trackbench.metrics.tapvid`, ``num_points``, ``num_frames``, ``height``, ``width``,
-        ``seconds``.
+        dataset's ``about``, the metrics of :func:`trackbench.metrics.tapvid`, ``num_points``, ``num_frames``,
+        ``height``, ``width``, ``seconds``.
 
     Raises:
         EvaluationError: after the last video, where some failed.
@@ -124,6 +128,7 @@ def evaluate(
                     "video": name,
                     "query_mode": query_mode,
                     **(tags or {}),
+                    **getattr(dataset, "about", {}),
                     **score(batch, tracks, query_mode),
                     **_size(batch),
                     "seconds": seconds,
