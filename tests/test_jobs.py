@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -58,3 +61,23 @@ def test_a_killed_process_fails_its_items_with_a_reason() -> None:
 def test_workers_must_make_sense() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         list(run_jobs(work, [1], 0))
+
+
+def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import time\n"
+        "from trackbench.jobs import run_jobs\n"
+        "def work(number):\n"
+        "    print('started', flush=True)\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    list(run_jobs(work, range(2), 2))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as run:
+        assert run.stdout is not None
+        assert [run.stdout.readline() for _ in range(2)] == [b"started\n"] * 2
+        run.kill()
+        assert run.communicate(timeout=60) == (b"", None)  # ends when no worker holds the pipe any more

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +24,8 @@ from rich.progress import (
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+POLL = 0.2  # seconds between looks at how far other processes are
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ def run_jobs(
     workers: int = 1,
     description: str = "working",
     console: Console | None = None,
+    total: int | None = None,
 ) -> Iterator[Outcome[Item, Result]]:
     """Call ``work`` on every item, in the order in which they finish; a progress bar goes to standard error.
 
@@ -56,14 +62,26 @@ def run_jobs(
         workers: processes; 1 works in this one.
         description: what the progress bar says.
         console: where it goes; None: standard error.
+        total: count what ``work`` reports to :func:`advance`, so much in all, rather than items.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     with progress_bar(console) as progress:
-        task = progress.add_task(description, total=len(items))
-        for outcome in _outcomes(work, items, workers):
-            progress.advance(task)
+        task = progress.add_task(description, total=len(items) if total is None else total)
+        count = (lambda n: progress.advance(task, n)) if total is not None else lambda n: None
+        for outcome in _outcomes(work, items, workers, count):
+            if total is None:
+                progress.advance(task)
             yield outcome
+
+
+def advance(n: int = 1) -> None:
+    """To be called by the work of :func:`run_jobs`: so many more units of it are done."""
+    _count(n)
+
+
+def _count(n: int) -> None:
+    """Nobody listens."""
 
 
 def progress_bar(console: Console | None = None) -> Progress:
@@ -79,20 +97,59 @@ def progress_bar(console: Console | None = None) -> Progress:
 
 
 def _outcomes(
-    work: Callable[[Item], Result], items: Sequence[Item], workers: int
+    work: Callable[[Item], Result], items: Sequence[Item], workers: int, count: Callable[[int], None]
 ) -> Iterator[Outcome[Item, Result]]:
     if workers == 1 or len(items) < 2:
         for item in items:
-            yield _outcome(item, lambda item=item: work(item))  # type: ignore[misc]
+            with _listening(count):
+                outcome = _outcome(item, lambda item=item: work(item))  # type: ignore[misc]
+            yield outcome
         return
     context = multiprocessing.get_context("spawn")  # forks of a process with threads can hang
-    with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
+    done, seen = context.Value("q", 0), 0
+    workers = min(workers, len(items))
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_report_to, initargs=(done,)) as pool:
         futures: dict[Future[Result], Item] = {pool.submit(work, item): item for item in items}
+        remaining = set(futures)
         try:
-            for future in as_completed(futures):
-                yield _outcome(futures[future], future.result)
+            while remaining:
+                finished, remaining = wait(remaining, timeout=POLL, return_when=FIRST_COMPLETED)
+                seen, before = done.value, seen
+                count(seen - before)
+                for future in finished:
+                    yield _outcome(futures[future], future.result)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _listening(count: Callable[[int], None]) -> Iterator[None]:
+    global _count
+    before, _count = _count, count
+    try:
+        yield
+    finally:
+        _count = before
+
+
+def _report_to(done: Any) -> None:
+    """In another process: :func:`advance` adds to a number that the first process looks at."""
+    global _count
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+    def count(n: int) -> None:
+        with done.get_lock():
+            done.value += n
+
+    _count = count
+
+
+def _end_with_parent() -> None:
+    """A worker that outlives a killed run would write beside the next one."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def _outcome(item: Item, result: Callable[[], Result]) -> Outcome[Item, Result]:

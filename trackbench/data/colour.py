@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-_GREY = np.array([0.2989, 0.587, 0.114], np.float32)  # TensorFlow's weights of R, G and B
+_TO_GREY = np.tile(np.array([0.2989, 0.587, 0.114], np.float32), (3, 1))  # TensorFlow's weights of R, G and B
 _POSITIVE = 2.0  # added before and taken away after: HSV wants no negative colours, and its hue does not mind
 _TINY = np.float32(1e-12)
 
@@ -50,12 +50,12 @@ class ColourAugmentation:
             return frames
         result = np.empty_like(frames)
         for frame, new in zip(frames, result, strict=True):  # one by one: they stay in the cache
-            colours = frame.astype(np.float32) / np.float32(255)
+            colours = np.divide(frame, np.float32(255))
             if changed:
-                colours = change_colours(colours, *amounts).clip(0, 1)
+                colours = change_colours(colours, *amounts)
             if dropped:
-                colours = np.broadcast_to((colours @ _GREY)[..., None], colours.shape)
-            new[:] = np.rint(colours * np.float32(255))
+                colours = np.asarray(cv2.transform(colours.clip(0, 1), _TO_GREY), np.float32)
+            cv2.addWeighted(colours, 255, colours, 0, 0, dst=new, dtype=cv2.CV_8U)  # rounds, and cuts to 0 and 255
         return result
 
 
@@ -71,16 +71,20 @@ def change_colours(
         contrast: factor of each channel's difference to its mean.
         hue: turn, of a circle.
     """
-    planes = [plane + np.float32(brightness) for plane in cv2.split(frame)]
+    planes = [np.asarray(plane, np.float32) for plane in cv2.split(frame)]
     value = np.maximum(np.maximum(planes[0], planes[1]), planes[2])
     span = value - np.minimum(np.minimum(planes[0], planes[1]), planes[2])
-    factor = np.minimum(span * np.float32(saturation), np.maximum(value, 0)) / np.maximum(span, _TINY)
     for plane in planes:
-        plane[:] = value - (value - plane) * factor
-        mean = plane.mean(dtype=np.float64)
+        np.subtract(value, plane, out=plane)  # brightness does not change it
+    value += np.float32(brightness)
+    factor = np.minimum(span * np.float32(saturation), np.maximum(value, 0))
+    factor /= np.maximum(span, _TINY)
+    for plane in planes:
+        plane *= factor
+        np.subtract(value, plane, out=plane)
+        mean = cv2.mean(plane)[0]
         plane *= np.float32(contrast)
         plane += np.float32(mean * (1 - contrast) + _POSITIVE)
-    hsv = cv2.cvtColor(cv2.merge(planes), cv2.COLOR_RGB2HSV)
-    turned = hsv[..., 0] + np.float32(hue % 1 * 360)
-    hsv[..., 0] = np.where(turned >= 360, turned - 360, turned)
-    return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)) - np.float32(_POSITIVE)
+    hsv = np.asarray(cv2.cvtColor(cv2.merge(planes), cv2.COLOR_RGB2HSV), np.float32)
+    hsv[..., 0] += np.float32(hue % 1 * 360)  # below two circles, which OpenCV takes as one
+    return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB), np.float32) - np.float32(_POSITIVE)

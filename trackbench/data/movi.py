@@ -20,6 +20,7 @@ from trackbench.data.loading import VisitOrder
 from trackbench.data.synthetic.dataset import query_times
 from trackbench.data.tapvid import TapVidDataset
 from trackbench.data.tfds import MoviScenes, SceneSequences, find_version
+from trackbench.data.tfds.storage import place
 from trackbench.structures import VideoBatch
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ class MoviFDataModule(ClipDataModule):
 
     Args:
         path: the folder of sequences, see :class:`~trackbench.data.folder.TrackFolder`, or the TFDS directory
-            ``movi_f/512x512/1.0.0``, or one above it: then tracks are made on the fly, see
+            ``movi_f/512x512/1.0.0``, or one above it, or its URL: then tracks are made on the fly, see
             :class:`~trackbench.data.tfds.SceneSequences`. Crops of scenes of 256 x 256 must be smaller.
         num_frames: T.
         height: H of training and held-out clips, pixels.
@@ -240,9 +241,10 @@ class MoviFDataModule(ClipDataModule):
         log.info("%s: %d sequences to train on, %d held out", self.path, len(train), len(held_out))
 
     def _sequences(self) -> SequenceSource:
-        if find_version(Path(self.path)) is None:
-            return TrackFolder(self.path)
-        scenes = MoviScenes(self.path, self.split)
+        path = place(self.path)
+        if isinstance(path, Path) and find_version(path) is None:
+            return TrackFolder(path)
+        scenes = MoviScenes(path, self.split)
         return SceneSequences(scenes, official_quirks=self.official_quirks)
 
     def _split(self, count: int) -> tuple[list[int], list[int]]:

@@ -119,7 +119,8 @@ class PanningMoviEDataModule(ClipDataModule):
     Chrono validates on TAP-Vid DAVIS every 1000 steps: ``validation=tapvid_davis`` does that.
 
     Args:
-        path: the TFDS directory ``panning_movi_e/256x256/1.0.0``, or one above it. Any MOVi-E or MOVi-F serves.
+        path: the TFDS directory ``panning_movi_e/256x256/1.0.0``, or one above it, or its URL, such as
+            ``gs://bucket/panning_movi_e``. Any MOVi-E or MOVi-F serves.
         num_frames: T of training and validation clips.
         height: H of them, pixels.
         width: W of them, pixels.

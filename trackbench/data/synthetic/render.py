@@ -24,16 +24,20 @@ def render(scene: Scene, rng: np.random.Generator) -> ByteImage:
         (T, H, W, 3) uint8 RGB.
     """
     video = np.empty((scene.num_frames, scene.height, scene.width, 3), np.uint8)
-    wall, *objects = scene.layers
     for index, frame in enumerate(video):
-        frame[:] = _sample_wall(wall, index, scene.height, scene.width)
-        for layer in objects:
-            _paint_object(frame, layer, index)
-        if scene.blur:
-            frame[:] = cv2.GaussianBlur(frame, (0, 0), scene.blur)
+        frame[:] = paint(scene, index)
     if scene.noise:
         _add_noise(video, scene.noise, rng)
     return video
+
+
+def paint(scene: Scene, index: int) -> ByteImage:
+    """Paint one frame, (H, W, 3) uint8 RGB, without sensor noise."""
+    wall, *objects = scene.layers
+    frame = _sample_wall(wall, index, scene.height, scene.width)
+    for layer in objects:
+        _paint_object(frame, layer, index)
+    return np.asarray(cv2.GaussianBlur(frame, (0, 0), scene.blur), np.uint8) if scene.blur else frame
 
 
 def _sample_wall(wall: Layer, index: int, height: int, width: int) -> ByteImage:

@@ -40,6 +40,36 @@ def read_features(record: Record, wanted: Container[str]) -> dict[str, bytes]:
     return found
 
 
+def select_features(record: Record, wanted: Container[str]) -> tuple[bytes, set[str]]:
+    """The record with only the wanted features, their bytes as they are, in their order; and their names.
+
+    Raises:
+        ValueError: the record is not an Example.
+    """
+    entries, names = [], set()
+    for field, start, stop in _fields(record, 0, record.size):
+        if field != _FEATURES:
+            continue
+        for inner, entry, end in _fields(record, start, stop):
+            if inner != _ENTRY:
+                continue
+            keys = [(a, b) for number, a, b in _fields(record, entry, end) if number == _KEY]
+            key = record.read(*keys[-1]).decode(errors="replace") if keys else ""
+            if key in wanted:
+                entries.append(_field(_ENTRY, record.read(entry, end)))
+                names.add(key)
+    return _field(_FEATURES, b"".join(entries)), names
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of a message, ``number`` below 16."""
+    length, left = bytearray(), len(content)
+    while left >= 0x80:
+        length.append(left & 0x7F | 0x80)
+        left >>= 7
+    return bytes([number << 3 | _LENGTH, *length, left]) + content
+
+
 def bytes_list(feature: bytes) -> list[bytes]:
     """The values of a Feature of bytes."""
     return _items(feature, _BYTES)

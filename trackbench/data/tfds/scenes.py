@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trackbench.data.kubric import SampledTracks, sample_tracks
 from trackbench.data.tfds.dataset import Example, TfdsDataset
+from trackbench.data.tfds.storage import Place
 
 # what trackbench.data.kubric calls them, and TFDS
 _FRAMES = {"video": "video", "segmentations": "segmentations", "depth": "depth"}
@@ -25,6 +25,7 @@ _NUMBERS = {
     "sensor_width": "camera/sensor_width",
     "name": "metadata/video_name",
 }
+TRACK_FEATURES = tuple((_NUMBERS | _FRAMES | _SURFACES).values())
 _OF_CAMERA = ("cam_positions", "cam_quaternions")
 _OF_INSTANCES = ("bboxes_3d", "obj_quaternions")
 
@@ -35,17 +36,19 @@ class MoviScenes:
     Only what tracks need is read: without the optical flow that is two thirds of a record.
 
     Args:
-        path: see :class:`~trackbench.data.tfds.dataset.TfdsDataset`, as for the others.
+        path: or URL, see :class:`~trackbench.data.tfds.dataset.TfdsDataset`, as for the others.
         split: ``train``, ``validation`` or ``test``.
         verify: see there.
 
     Raises:
         FileNotFoundError: see there.
+        ImportError: see there.
+        OSError: see there.
         ValueError: see there.
     """
 
-    def __init__(self, path: str | Path, split: str = "train", verify: bool = False) -> None:
-        self._examples = TfdsDataset(path, split, (_NUMBERS | _FRAMES | _SURFACES).values(), verify)
+    def __init__(self, path: str | Place, split: str = "train", verify: bool = False) -> None:
+        self._examples = TfdsDataset(path, split, TRACK_FEATURES, verify)
 
     def __len__(self) -> int:
         return len(self._examples)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trackbench.data.clip import Clip
+from trackbench.data.clip import Clip, Size
 from trackbench.data.tfds.scenes import MoviScenes
 
 NUM_TRACKS = 2048
@@ -74,11 +74,36 @@ class SceneSequences:
         Raises:
             ValueError: see :meth:`MoviScenes.tracks`.
         """
-        name, tracks = self.scenes.tracks(
-            index,
-            self.num_tracks,
-            np.random.default_rng([_TRACKS, index]),
-            random_crop=True,
-            official_quirks=self.official_quirks,
-        )
-        return SceneSequence(tracks.clip(name))
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        return SceneSequence(published_clip(self.scenes, index, self.num_tracks, None, self.official_quirks))
+
+
+def published_clip(
+    scenes: MoviScenes,
+    number: int,
+    num_tracks: int = NUM_TRACKS,
+    size: Size | None = None,
+    official_quirks: bool = False,
+) -> Clip:
+    """A scene with the tracks of CoTracker's recipe, the same for the same number: see :class:`SceneSequences`.
+
+    Args:
+        scenes: such as those of MOVi-F.
+        number: of the sequence. From ``len(scenes)`` on scenes come again, with another crop and other tracks.
+        num_tracks: at most.
+        size: (height, width) of the clip; None: as the scene.
+        official_quirks: see :func:`~trackbench.data.kubric.sample_tracks`.
+
+    Raises:
+        ValueError: see :meth:`MoviScenes.tracks`.
+    """
+    name, tracks = scenes.tracks(
+        number % len(scenes),
+        num_tracks,
+        np.random.default_rng([_TRACKS, number]),
+        random_crop=True,
+        size=size,
+        official_quirks=official_quirks,
+    )
+    return tracks.clip(name)
