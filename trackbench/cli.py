@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trackbench.data.prepare.command import add_prepare_commands
-from trackbench.robotics.command import add_h5_commands
-from trackbench.structures import Tracks
+if TYPE_CHECKING:
+    from trackbench.structures import Tracks
 
 WIDEST_TABLE = 160  # columns; a narrow terminal wraps lines rather than losing numbers
 
@@ -34,8 +34,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that can get its arguments when it is its turn: other commands need not load what it needs.
+
+    Args:
+        fill: called with this parser and what it is to parse, before the first parsing.
+    """
+
+    def __init__(
+        self, *args: Any, fill: Callable[[argparse.ArgumentParser, Sequence[str]], None] | None = None, **more: Any
+    ) -> None:
+        super().__init__(*args, **more)
+        self._fill = fill
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        fill, self._fill = self._fill, None
+        if fill is not None:
+            fill(self, args or ())
+        return super().parse_known_args(args, namespace)
+
+
+def _fill_prepare(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    from trackbench.data.prepare.command import add_prepare_commands
+
+    add_prepare_commands(parser)
+
+
+def _fill_h5(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    from trackbench.robotics.command import add_h5_commands
+
+    add_h5_commands(parser, arguments[0] if arguments else "")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trackbench", description="Train, evaluate and compare point trackers.")
+    parser = _Parser(prog="trackbench", description="Train, evaluate and compare point trackers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     track = commands.add_parser("track", help="track points through a video file")
@@ -65,17 +97,16 @@ def _parser() -> argparse.ArgumentParser:
     models.set_defaults(run=_models)
 
     bench = commands.add_parser(
-        "bench", help="measure speed and memory, part by part, against the machine's ceiling", add_help=False
+        "bench",
+        help="measure what a tracker costs, or how fast training data is loaded, part by part",
+        add_help=False,
     )
     bench.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     bench.add_argument("-h", "--help", action="store_true", help="explain every key and its default")
     bench.set_defaults(run=_bench, usage=bench.format_usage())
 
-    prepare = commands.add_parser("prepare", help="make, convert or fetch training data and benchmarks")
-    add_prepare_commands(prepare)
-
-    h5 = commands.add_parser("h5", help="robotics: HDF5 episodes to reviewed keypoint tracks and back")
-    add_h5_commands(h5)
+    commands.add_parser("prepare", help="make, convert or fetch training data and benchmarks", fill=_fill_prepare)
+    commands.add_parser("h5", help="robotics: HDF5 episodes to reviewed keypoint tracks and back", fill=_fill_h5)
 
     demo = commands.add_parser("demo", help="train tiny trackers, compare them, write a report")
     demo.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder (default: outputs/demo)")
@@ -227,30 +258,32 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from trackbench.evaluation import bench
-    from trackbench.evaluation.results import Row, markdown_table, rich_table
+    from trackbench.evaluation import bench, bench_data
+    from trackbench.evaluation.bench_common import settings_help
+    from trackbench.evaluation.results import markdown_table, rich_table
 
     console = Console(highlight=False, soft_wrap=True)
     if options.help:
-        console.print(f"{options.usage}\n{bench.settings_help()}", markup=False)
+        lines = [
+            options.usage,
+            "A tracker: model=NAME ...\n",
+            settings_help(bench.BenchSettings),
+            "\nTraining data: data=NAME ..., or any other key that only this list has\n",
+            settings_help(bench_data.DataBenchSettings),
+        ]
+        console.print("\n".join(lines), markup=False)
         return 0
-    settings = bench.read_settings(options.settings)
+    subject = bench_data if bench_data.is_meant(options.settings) else bench
+    settings = subject.read_settings(options.settings)
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
-    result = bench.run_bench(settings, lambda line: progress.print(f"{line} ...", markup=False))
-
-    def show(lines: list[Row], title: str) -> None:
+    result = subject.run_bench(settings, lambda line: progress.print(f"{line} ...", markup=False))
+    for line in subject.header_lines(result):
+        console.print(line, markup=False)
+    for title, lines in subject.tables(result):
         if console.is_terminal:
             console.print(rich_table(lines, title=title), width=max(console.width, WIDEST_TABLE))
         else:
             console.print(f"\n{title}\n\n{markdown_table(lines)}", markup=False, end="")
-
-    for line in bench.header_lines(result):
-        console.print(line, markup=False)
-    show(bench.bench_table(result), "end to end, per frame")
-    if result["reference"] is not None:
-        show(bench.comparison_table(result), "beside the original (ratio: original / ours)")
-    for row in result["rows"]:
-        show(bench.parts_table(row, result["ceiling"]), f"{row['num_points']} points, part by part")
     if settings.output is not None:
         console.print(f"\nresults: {settings.output}", markup=False)
     return 0

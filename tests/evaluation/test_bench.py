@@ -26,8 +26,8 @@ from trackbench.evaluation.bench import (
     read_reference,
     read_settings,
     run_bench,
-    settings_help,
 )
+from trackbench.evaluation.bench_common import settings_help
 from trackbench.evaluation.parts import REST, Breakdown, OperationClock, Part, WallClock, parts_of
 from trackbench.evaluation.speed import counted_operations, flops_per_frame, moving_texture
 from trackbench.heads.memory.head import MemoryHead
@@ -327,7 +327,7 @@ def test_settings_have_the_syntax_of_hydra() -> None:
     assert (settings.threads, settings.precision, settings.isolate) == (None, "bf16", False)
     assert read_settings([]) == BenchSettings()
     for name in vars(settings):
-        assert f"  {name}=" in settings_help()
+        assert f"  {name}=" in settings_help(BenchSettings)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a tracker costs on this machine, part by part, against what the machine can do: ``trackbench bench``.
+"""What a tracker costs on this machine, part by part, against what it can do: ``trackbench bench model=...``.
 
 The ceiling is the rate of plain matrix products. Time is end to end, from a uint8 frame in main memory to tracks.
 """
@@ -6,15 +6,11 @@ The ceiling is the rate of plain matrix products. Time is end to end, from a uin
 from __future__ import annotations
 
 import json
-import multiprocessing
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import process_time
@@ -22,16 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from trackbench.composition import load_checkpoint, load_tracker, tracker_config
+from trackbench.evaluation.bench_common import (
+    check_output,
+    fill_settings,
+    in_own_process,
+    number_text,
+    parse_arguments,
+    percent_text,
+    write_result,
+)
 from trackbench.evaluation.memory import MIB, peak_memory
 from trackbench.evaluation.parts import REST, Breakdown, OperationClock, device_clock, parts_of
-from trackbench.evaluation.results import describe_environment, write_atomically, write_rows
+from trackbench.evaluation.results import describe_environment
 from trackbench.evaluation.runner import Row
 from trackbench.evaluation.speed import (
     Run,
@@ -44,7 +45,6 @@ from trackbench.evaluation.speed import (
 )
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SUFFIXES = (".json", ".csv")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 CEILING_REPEATS = 10
 
@@ -117,11 +117,7 @@ class BenchSettings:
             raise ValueError(f"compile={self.compile}: expected true, false or one of {', '.join(COMPILE_MODES)}")
         if self.checkpoint is not None and not Path(self.checkpoint).is_file():
             raise ValueError(f"checkpoint={self.checkpoint}: no such file")
-        if self.output is not None:
-            if Path(self.output).suffix not in SUFFIXES:
-                raise ValueError(f"output={self.output}: expected a name that ends in {' or '.join(SUFFIXES)}")
-            if Path(self.output).exists() and not self.overwrite:
-                raise ValueError(f"output={self.output} exists; overwrite=true replaces it")
+        check_output(self.output, self.overwrite)
         if not self.model.endswith(".ckpt"):
             tracker_config(self.model, self.overrides)
 
@@ -144,44 +140,17 @@ def read_settings(arguments: Sequence[str]) -> BenchSettings:
     Raises:
         ValueError: something else, an unknown key, a value of another type, or one that makes no sense.
     """
-    config = OmegaConf.structured(BenchSettings)
-    keys = [setting.name for setting in fields(BenchSettings)]
+    plain: list[tuple[str, Any, str]] = []
     overrides: dict[str, Any] = {}
-    for argument in arguments:
-        try:
-            parsed = OverridesParser.create().parse_override(argument)
-        except HydraException as error:
-            raise ValueError(f"{argument}: expected KEY=VALUE ({str(error).splitlines()[0]})") from None
-        key = parsed.key_or_group
-        if parsed.is_add() or parsed.is_delete() or parsed.is_sweep_override():
-            raise ValueError(f"{argument}: expected one KEY=VALUE, e.g. points=[1,64]")
-        value = parsed.value()
+    for key, value, argument in parse_arguments(arguments):
         if key.startswith("overrides."):
             overrides[key.removeprefix("overrides.")] = value
-            continue
-        if key not in keys:
-            close = get_close_matches(key, keys, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(keys)}"
-            raise ValueError(f"unknown key {key!r}: {hint}")
-        try:
-            config[key] = {} if key == "overrides" and value is None else value
-        except OmegaConfBaseException as error:
-            hint = "; quote it: 'overrides={A:1,B:2}'" if key == "overrides" else ""  # shells expand {A,B}
-            raise ValueError(f"{argument}: {str(error).splitlines()[0]}{hint}") from None
-    settings: BenchSettings = OmegaConf.to_object(config)  # type: ignore[assignment]
+        else:
+            plain.append((key, value, argument))
+    settings = fill_settings(BenchSettings, plain)
     settings.overrides.update(overrides)
     settings.check()
     return settings
-
-
-def settings_help() -> str:
-    """A line for every key: its default and what it is."""
-    defaults = BenchSettings()
-    lines = []
-    for setting in fields(BenchSettings):
-        value = json.dumps(getattr(defaults, setting.name), separators=(",", ":")).replace('"', "")
-        lines.append(f"  {setting.name + '=' + value:24s} {setting.metadata['help']}")
-    return "\n".join(lines)
 
 
 def run_bench(settings: BenchSettings, progress: Callable[[str], None] = lambda line: None) -> Row:
@@ -211,8 +180,12 @@ def run_bench(settings: BenchSettings, progress: Callable[[str], None] = lambda 
         ceiling = matmul_ceiling(device, PRECISIONS[settings.precision], settings.ceiling_size)
         rows = []
         for count in settings.points:
-            progress(f"measuring {settings.model} with {count} points")
-            row = _isolated(settings, count) if settings.isolate else measure_row(settings, count)
+            what = f"{settings.model} with {count} points"
+            progress(f"measuring {what}")
+            if settings.isolate:
+                row = in_own_process(what, _measure_alone, settings, count)
+            else:
+                row = measure_row(settings, count)
             _compare(row, ceiling, None if reference is None else reference.rows.get(count))
             rows.append(row)
     result = {
@@ -223,7 +196,7 @@ def run_bench(settings: BenchSettings, progress: Callable[[str], None] = lambda 
         "rows": rows,
     }
     if settings.output is not None:
-        write_result(settings.output, result)
+        write_result(settings.output, result, [_flat(row) for row in rows])
     return result
 
 
@@ -411,19 +384,22 @@ def _reference_row(value: Mapping[str, Any], origin: str) -> dict[str, float]:
     return row
 
 
-def write_result(path: str | Path, result: Row) -> None:
-    """Write what :func:`run_bench` returned: all of it as .json, the rows (one column per part) as .csv."""
-    if Path(path).suffix == ".csv":
-        write_rows(path, [_flat(row) for row in result["rows"]])
-    else:
-        write_atomically(path, json.dumps(result, indent=1) + "\n")
-
-
 def _flat(row: Row) -> Row:
     flat = {key: value for key, value in row.items() if not isinstance(value, dict)}
     for unit in ("ms", "gflops"):
         flat |= {f"{unit} {name}": value for name, value in (row[f"parts_{unit}"] or {}).items()}
     return flat
+
+
+def tables(result: Row) -> list[tuple[str, list[Row]]]:
+    """Titles and lines of all tables of a result."""
+    shown = [("end to end, per frame", bench_table(result))]
+    if result["reference"] is not None:
+        shown.append(("beside the original (ratio: original / ours)", comparison_table(result)))
+    return shown + [
+        (f"{row['num_points']} points, part by part", parts_table(row, result["ceiling"]))
+        for row in result["rows"]
+    ]
 
 
 def bench_table(result: Row) -> list[Row]:
@@ -433,15 +409,15 @@ def bench_table(result: Row) -> list[Row]:
             "model": row["model"],
             "points": str(row["num_points"]),
             "mode": row["mode"] if not row["lag_frames"] else f"{row['mode']}, lag {row['lag_frames']}",
-            "frames/s": _text(row["fps"], 2),
-            "median ms": _text(row["latency_ms"]),
-            "p95 ms": _text(row["latency_p95_ms"]),
-            "CPU ms": _text(row["cpu_ms"]),
-            "GFLOP/frame": _text(row["gflops_per_frame"]),
-            "GFLOP/s": _text(row["gflops_per_second"]),
-            "of ceiling": _percent(row["ceiling_share"]),
-            "peak MiB above": _text(row["peak_memory_mib"], 0),
-            "in total": _text(row["peak_total_mib"], 0),
+            "frames/s": number_text(row["fps"], 2),
+            "median ms": number_text(row["latency_ms"]),
+            "p95 ms": number_text(row["latency_p95_ms"]),
+            "CPU ms": number_text(row["cpu_ms"]),
+            "GFLOP/frame": number_text(row["gflops_per_frame"]),
+            "GFLOP/s": number_text(row["gflops_per_second"]),
+            "of ceiling": percent_text(row["ceiling_share"]),
+            "peak MiB above": number_text(row["peak_memory_mib"], 0),
+            "in total": number_text(row["peak_total_mib"], 0),
         }
         for row in result["rows"]
     ]
@@ -452,14 +428,14 @@ def comparison_table(result: Row) -> list[Row]:
     return [
         {
             "points": str(row["num_points"]),
-            "s/frame": _text(row["latency_ms"] / 1000, 3),
-            "original": _text(row["original_s_per_frame"], 3),
-            "ratio": _text(row["ratio"], 2),
-            "CPU s/frame": _text(None if row["cpu_ms"] is None else row["cpu_ms"] / 1000, 3),
-            "original CPU": _text(row["original_cpu_s_per_frame"], 3),
-            "CPU ratio": _text(row["cpu_ratio"], 2),
-            "peak MiB": _text(row["peak_total_mib"], 0),
-            "original peak": _text(row["original_peak_mib"], 0),
+            "s/frame": number_text(row["latency_ms"] / 1000, 3),
+            "original": number_text(row["original_s_per_frame"], 3),
+            "ratio": number_text(row["ratio"], 2),
+            "CPU s/frame": number_text(None if row["cpu_ms"] is None else row["cpu_ms"] / 1000, 3),
+            "original CPU": number_text(row["original_cpu_s_per_frame"], 3),
+            "CPU ratio": number_text(row["cpu_ratio"], 2),
+            "peak MiB": number_text(row["peak_total_mib"], 0),
+            "original peak": number_text(row["original_peak_mib"], 0),
         }
         for row in result["rows"]
     ]
@@ -477,10 +453,10 @@ def parts_table(row: Row, ceiling: Row) -> list[Row]:
         lines.append(
             {
                 "part": name,
-                "ms/frame": _text(milliseconds, 2),
-                "of time": _percent(milliseconds / row["mean_ms"]),
-                "GFLOP/frame": _text(amount, 2),
-                "of ceiling": _percent(None if rate is None else rate / ceiling["gflops_best"]),
+                "ms/frame": number_text(milliseconds, 2),
+                "of time": percent_text(milliseconds / row["mean_ms"]),
+                "GFLOP/frame": number_text(amount, 2),
+                "of ceiling": percent_text(None if rate is None else rate / ceiling["gflops_best"]),
             }
         )
     return lines
@@ -502,14 +478,6 @@ def header_lines(result: Row) -> list[str]:
         said = [text for text in result["reference"].values() if text]
         lines.append(f"original: {'; '.join(said) or 'on an unknown machine'}")
     return lines
-
-
-def _text(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"
 
 
 def _compare(row: Row, ceiling: Row, original: Mapping[str, float] | None) -> None:
@@ -551,19 +519,6 @@ def _load(settings: BenchSettings) -> Any:
             raise ValueError(f"compile=true: {type(tracker).__name__} cannot be compiled")
         tracker.compile(**({"mode": settings.compile} if isinstance(settings.compile, str) else {}))
     return tracker
-
-
-def _isolated(settings: BenchSettings, count: int) -> Row:
-    """:func:`measure_row` in a process of its own."""
-    # not forked: CUDA and thread pools do not survive that, and memory would be the parent's
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        try:
-            return pool.submit(_measure_alone, settings, count).result()
-        except BrokenProcessPool:
-            raise ChildProcessError(
-                f"the process that measured {settings.model} with {count} points died; is there enough memory?"
-            ) from None
 
 
 def _measure_alone(settings: BenchSettings, count: int) -> Row:

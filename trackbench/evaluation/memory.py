@@ -1,13 +1,14 @@
-"""Peak memory of a block of code: the allocator's on CUDA, the resident set of the process elsewhere."""
+"""Peak memory of a block of code: the allocator's on CUDA, else that of the process, or of several."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,17 @@ import torch
 
 MIB = 2**20
 SAMPLE_SECONDS = 0.002
+TREE_SAMPLE_SECONDS = 0.05  # the kernel walks all pages for each
 
 
 @dataclass
 class MemoryPeak:
-    """Filled when the block of :func:`peak_memory` ends.
+    """Filled when the block of :func:`peak_memory` or :func:`peak_memory_of_all` ends.
 
     Attributes:
         added: highest use above that at the start of the block, in bytes; None where it cannot be told.
         total: highest use, in bytes, with weights and, on the CPU, with the interpreter and its libraries.
-        kind: what was measured: ``"cuda allocator"``, ``"resident set"`` or ``"unknown"``.
+        kind: what was measured: ``"cuda allocator"``, ``"resident set"``, ``"proportional set"`` or ``"unknown"``.
     """
 
     added: int | None = None
@@ -55,13 +57,50 @@ def peak_memory(device: torch.device) -> Iterator[MemoryPeak]:
     else:
         _return_free_memory()
         before = resident_bytes() or 0
-        sampler = _Sampler()
+        sampler = _Sampler(resident_bytes, SAMPLE_SECONDS)
         sampler.start()
         try:
             yield peak
         finally:
             sampler.stop()
         peak.total, peak.added, peak.kind = sampler.highest, sampler.highest - before, "resident set"
+
+
+@contextmanager
+def peak_memory_of_all() -> Iterator[MemoryPeak]:
+    """Measure the peak memory of this process and the child processes of ``multiprocessing``, summed up.
+
+    A page that several of them share counts once. A thread samples it every 50 ms, which costs time: nothing
+    else should be measured meanwhile. ``added`` stays None.
+    """
+    peak = MemoryPeak()
+    if proportional_bytes() is None:
+        yield peak
+        return
+    sampler = _Sampler(proportional_bytes, TREE_SAMPLE_SECONDS)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        sampler.stop()
+    peak.total, peak.kind = sampler.highest, "proportional set"
+
+
+def proportional_bytes() -> int | None:
+    """Proportional set of this process and its children; None where the system does not tell."""
+    own = _proportional_bytes(os.getpid())
+    if own is None:
+        return None
+    children = (_proportional_bytes(child.pid) for child in multiprocessing.active_children())
+    return own + sum(size or 0 for size in children)  # a child may have ended
+
+
+def _proportional_bytes(pid: int | None) -> int | None:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return None
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
 def resident_bytes() -> int | None:
@@ -74,13 +113,17 @@ def resident_bytes() -> int | None:
 
 
 class _Sampler(threading.Thread):
-    def __init__(self) -> None:
+    """Keeps the highest of what ``read`` gives."""
+
+    def __init__(self, read: Callable[[], int | None], seconds: float) -> None:
         super().__init__(daemon=True)
-        self.highest = resident_bytes() or 0
+        self.highest = read() or 0
+        self._read = read
+        self._seconds = seconds
         self._done = threading.Event()
 
     def run(self) -> None:
-        while not self._done.wait(SAMPLE_SECONDS):
+        while not self._done.wait(self._seconds):
             self._sample()
 
     def stop(self) -> None:
@@ -89,7 +132,7 @@ class _Sampler(threading.Thread):
         self._sample()
 
     def _sample(self) -> None:
-        self.highest = max(self.highest, resident_bytes() or 0)
+        self.highest = max(self.highest, self._read() or 0)
 
 
 def _return_free_memory() -> None:

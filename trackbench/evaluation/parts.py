@@ -1,18 +1,19 @@
-"""Where a tracker's time goes, part by part.
+"""Where time goes, part by part: that of a tracker by its modules, that of anything by functions.
 
 A table says which calls belong to which part. Calls nest: what a part calls that is a part of its own counts there
-only, so that the parts of a frame add up to the whole.
+only, so that the parts add up to the whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import wraps
 from itertools import pairwise
-from time import perf_counter
+from pkgutil import resolve_name
+from time import perf_counter, process_time
 from typing import Any, Protocol
 
 import torch
@@ -29,9 +30,27 @@ from trackbench.tracker import PointTracker
 REST = "rest"  # uploading and resizing frames, results back to pixels
 
 
+class Line(Protocol):
+    """A line of a table: which calls belong to a part."""
+
+    @property
+    def label(self) -> str:
+        """The part that the calls belong to; several lines may share one."""
+
+    @property
+    def after(self) -> str | None:
+        """The part that goes on when such a call returns, until the call around it does.
+
+        None: the part that made the call.
+        """
+
+    def calls(self, root: object) -> list[tuple[Any, str]]:
+        """The objects, and the names that they are called by on each."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """A line of the table.
+    """Methods of a tracker's modules.
 
     Attributes:
         label: the part that the calls belong to; several lines may share one.
@@ -47,6 +66,43 @@ class Part:
     methods: tuple[str, ...] = ("forward",)
     kind: type[nn.Module] = nn.Module
     after: str | None = None
+
+    def calls(self, root: object) -> list[tuple[Any, str]]:
+        """The methods of the modules of a tracker that it has."""
+        modules = root.named_modules() if isinstance(root, nn.Module) else ()
+        found = [m for path, m in modules if isinstance(m, self.kind) and fnmatchcase(path, self.path)]
+        return [(module, method) for module in found for method in self.methods]
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function or method of a package.
+
+    Where it gives a context manager, entering that counts too, but not what is done within it.
+
+    Attributes:
+        label: see :class:`Line`.
+        path: where it is looked up when it is called: ``package.module:function`` names the module that calls it,
+            which need not be the one that defines it, or ``package.module:Class.method``.
+        after: see :class:`Line`.
+    """
+
+    label: str
+    path: str
+    after: str | None = None
+
+    def calls(self, root: object) -> list[tuple[Any, str]]:
+        """The one place.
+
+        Raises:
+            ImportError: there is no such module.
+            AttributeError: nothing of that name in it.
+        """
+        module, _, names = self.path.partition(":")
+        owner_names, _, name = names.rpartition(".")
+        owner = resolve_name(f"{module}:{owner_names}")
+        getattr(owner, name)
+        return [(owner, name)]
 
 
 HEAD_METHODS = ("step", "sample", "add")
@@ -111,6 +167,18 @@ class WallClock:
         return [after - before for before, after in pairwise(readings)]
 
 
+class CpuClock:
+    """Processor seconds of all threads of this process."""
+
+    def read(self) -> float:
+        """Seconds."""
+        return process_time()
+
+    def differences(self, readings: Sequence[Any]) -> list[float]:
+        """Seconds from each reading to the next."""
+        return [after - before for before, after in pairwise(readings)]
+
+
 class CudaClock:
     """Seconds of a CUDA device, by events in its queue: what the device waits for the host counts too."""
 
@@ -147,38 +215,35 @@ class OperationClock:
 
 
 class Breakdown:
-    """Splits what a call of a tracker takes among its parts.
+    """Splits what a call takes among parts.
 
     Args:
-        tracker: the tracker.
+        root: what the lines look for calls in: the tracker.
         parts: the table; see :func:`parts_of`.
         clock: what is measured.
     """
 
-    def __init__(self, tracker: object, parts: Sequence[Part], clock: Clock) -> None:
-        self._tracker = tracker
+    def __init__(self, root: object, parts: Sequence[Line], clock: Clock) -> None:
+        self._root = root
         self._parts = parts
         self._clock = clock
         self._readings: list[Any] = []
         self._labels: list[str] = []  # of what follows each reading but the last
         self._stack: list[str] = []  # what is going on, outermost first; empty outside `record`
-        self._known: list[str] = []  # parts of this tracker, in the order of the table
+        self._known: list[str] = []  # parts that the root has, in the order of the table
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Wrap the methods of the table for a while.
+        """Wrap the calls of the table for a while.
 
         Raises:
-            AttributeError: a module of the table has no such method.
+            AttributeError: something of the table is not there.
         """
-        modules = list(self._tracker.named_modules()) if isinstance(self._tracker, nn.Module) else []
         with ExitStack() as undo:
             for part in self._parts:
-                for path, module in modules:
-                    if isinstance(module, part.kind) and fnmatchcase(path, part.path):
-                        self._known += [label for label in (part.label, part.after) if label]
-                        for method in part.methods:
-                            undo.callback(_replace(module, method, self._wrapped(getattr(module, method), part)))
+                for owner, name in part.calls(self._root):
+                    self._known += [label for label in (part.label, part.after) if label]
+                    undo.callback(_replace(owner, name, self._wrapped(getattr(owner, name), part)))
             yield
 
     def record(self, call: Callable[[], Any]) -> Any:
@@ -202,33 +267,46 @@ class Breakdown:
         self._readings.append(self._clock.read())
         self._labels.append(label)
 
-    def _wrapped(self, method: Callable[..., Any], part: Part) -> Callable[..., Any]:
-        @wraps(method)
+    def _wrapped(self, call: Callable[..., Any], part: Line) -> Callable[..., Any]:
+        @wraps(call)
         def timed(*args: Any, **kwargs: Any) -> Any:
             if not self._stack:
-                return method(*args, **kwargs)
-            self._stack.append(part.label)
-            self._switch(part.label)
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self._stack.pop()
-                if part.after is not None:
-                    self._stack[-1] = part.after
-                self._switch(self._stack[-1])
+                return call(*args, **kwargs)
+            with self._during(part):
+                result = call(*args, **kwargs)
+            return self._entered(result, part) if isinstance(result, AbstractContextManager) else result
 
         return timed
 
+    @contextmanager
+    def _during(self, part: Line) -> Iterator[None]:
+        self._stack.append(part.label)
+        self._switch(part.label)
+        try:
+            yield
+        finally:
+            self._stack.pop()
+            if part.after is not None:
+                self._stack[-1] = part.after
+            self._switch(self._stack[-1])
 
-def _replace(module: nn.Module, name: str, method: Callable[..., Any]) -> Callable[[], None]:
-    """Give one object another method; what is returned undoes it."""
-    before = vars(module).get(name)
-    setattr(module, name, method)
+    @contextmanager
+    def _entered(self, context: AbstractContextManager[Any], part: Line) -> Iterator[Any]:
+        with ExitStack() as stack:
+            with self._during(part):
+                value = stack.enter_context(context)
+            yield value
+
+
+def _replace(owner: Any, name: str, call: Callable[..., Any]) -> Callable[[], None]:
+    """Give an object, class or module another function; what is returned undoes it."""
+    before = vars(owner).get(name)
+    setattr(owner, name, staticmethod(call) if isinstance(before, staticmethod) else call)
 
     def undo() -> None:
         if before is None:
-            delattr(module, name)
+            delattr(owner, name)
         else:
-            setattr(module, name, before)
+            setattr(owner, name, before)
 
     return undo
