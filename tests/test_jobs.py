@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from trackbench.jobs import run_jobs
+from trackbench.jobs import advance, run_jobs
 
 
 def work(number: int) -> int:
@@ -58,6 +58,21 @@ def test_a_killed_process_fails_its_items_with_a_reason() -> None:
     assert next(o.error for o in outcomes if o.item == 2) == "its process was killed (out of memory?)"
 
 
+def reports(number: int) -> None:
+    for _ in range(number):
+        advance(2)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_bar_counts_what_the_work_reports(workers: int) -> None:
+    shown = StringIO()
+    console = Console(file=shown, force_terminal=True, width=120)
+    outcomes = list(run_jobs(reports, [3, 1, 4], workers, console=console, total=16))
+    assert len(outcomes) == 3
+    assert "16/16" in shown.getvalue()
+    advance()  # nobody listens: nothing happens
+
+
 def test_workers_must_make_sense() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         list(run_jobs(work, [1], 0))
@@ -67,7 +82,7 @@ def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import time\n"
-        "from trackbench.jobs import run_jobs\n"
+        "from trackbench.jobs import advance, run_jobs\n"
         "def work(number):\n"
         "    print('started', flush=True)\n"
         "    time.sleep(600)\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,15 @@ import torch
 
 from trackbench.data.video_io import read_video
 from trackbench.structures import Tracks, VideoBatch
-from trackbench.visualization import contact_sheet, ground_truth, overlay, rainbow, save_overlay
+from trackbench.visualization import (
+    contact_sheet,
+    ground_truth,
+    overlay,
+    overlay_frames,
+    rainbow,
+    save_overlay,
+    spectrum,
+)
 
 T, H, W = 5, 60, 80
 
@@ -153,3 +162,31 @@ def test_saved_overlay_is_a_video(tmp_path: Path) -> None:
     expected = overlay(grey(), tracks, zoom=2)
     assert read.shape == expected.shape
     assert np.abs(read.astype(int) - expected).mean() < 3
+
+
+def test_frame_by_frame_is_the_same_and_takes_one_frame_at_a_time() -> None:
+    tracks = make([[[10.5 + 14 * t, 30.5] for t in range(T)], [[20.5, 10.5]] * T])
+    taken: list[int] = []
+
+    def frames() -> Iterator[np.ndarray]:
+        for t, frame in enumerate(grey()):
+            taken.append(t)
+            yield frame
+
+    for t, picture in enumerate(overlay_frames(frames(), tracks, zoom=2)):
+        assert taken[-1] == t
+        np.testing.assert_array_equal(picture, overlay(grey(), tracks, zoom=2)[t])
+
+
+def test_points_take_the_colours_that_they_are_given() -> None:
+    tracks = make([[[20.5, 40.5]] * T, [[60.5, 10.5]] * T])
+    first = next(overlay_frames(grey(), tracks, radius=6, colours=spectrum(2)))
+    assert [tuple(first[40, 20]), tuple(first[10, 60])] == spectrum(2)
+    assert rainbow(tracks.queries) == spectrum(2)[::-1]
+
+
+@pytest.mark.parametrize(("count", "told"), [(T - 1, "has 4 frames, the tracks 5"), (T + 1, "more frames than")])
+def test_a_video_of_another_length_than_the_tracks_is_refused(count: int, told: str) -> None:
+    frames = [np.zeros((H, W, 3), np.uint8)] * count
+    with pytest.raises(ValueError, match=told):
+        list(overlay_frames(frames, make([[[20.5, 30.5]] * T])))

@@ -67,7 +67,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no hard links; makes the folder if needed."""
+    """Give a file a second name, or copy it where the file system cannot; makes the folder if needed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

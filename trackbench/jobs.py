@@ -80,8 +80,11 @@ def advance(n: int = 1) -> None:
     _count(n)
 
 
-def _count(n: int) -> None:
+def _unheard(n: int) -> None:
     """Nobody listens."""
+
+
+_count: Callable[[int], None] = _unheard
 
 
 def progress_bar(console: Console | None = None) -> Progress:

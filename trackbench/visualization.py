@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -59,29 +60,74 @@ def overlay(
         ValueError: when the shapes do not belong together, or a setting is out of range.
     """
     frames = _as_video(video)
-    xy, visible = _points(tracks, len(frames), "tracks")
-    truth = None if gt is None else _points(gt, len(frames), "gt")
+    _points(tracks, len(frames), "tracks")
+    drawn = np.empty((len(frames), zoom * frames.shape[1], zoom * frames.shape[2], 3), np.uint8)
+    pictures = overlay_frames(frames, tracks, gt=gt, trail=trail, radius=radius, zoom=zoom)
+    for t, picture in enumerate(pictures):
+        drawn[t] = picture
+    return drawn
+
+
+def overlay_frames(
+    frames: Iterable[Frames],
+    tracks: Tracks,
+    *,
+    gt: Tracks | None = None,
+    trail: int = 8,
+    radius: float | None = None,
+    zoom: int = 1,
+    colours: Sequence[Colour] | None = None,
+) -> Iterator[Frames]:
+    """:func:`overlay` of a video that arrives frame by frame; one frame is in memory at a time.
+
+    Args:
+        frames: T of (H, W, 3) uint8 RGB; not changed.
+        tracks: as for :func:`overlay`, like the settings.
+        gt: ground truth.
+        trail: frames that a trail goes back.
+        radius: of the dots.
+        zoom: enlarge.
+        colours: of the points; None: the rainbow, from top to bottom.
+
+    Yields:
+        (zoom * H, zoom * W, 3) uint8 RGB.
+
+    Raises:
+        ValueError: as :func:`overlay`, when the first frame is asked for; at the end, where ``frames`` were not
+            as many as the tracks have.
+    """
+    T = tracks.xy.shape[1]
+    xy, visible = _points(tracks, T, "tracks")
+    truth = None if gt is None else _points(gt, T, "gt")
     if truth is not None and truth[0].shape != xy.shape:
         raise ValueError(f"gt must hold the points of tracks, {xy.shape}, got {truth[0].shape}")
     if trail < 0 or zoom < 1:
         raise ValueError(f"trail must be >= 0 and zoom >= 1, got {trail} and {zoom}")
-    size = radius if radius is not None else max(2.0, 0.013 * zoom * min(frames.shape[1:3]))
-    if size <= 0:
+    if radius is not None and radius <= 0:
         raise ValueError(f"radius must be > 0, got {radius}")
-    colours = rainbow(tracks.queries)
+    colours = rainbow(tracks.queries) if colours is None else colours
     asked = tracks.queries[:, 0].floor().cpu().numpy()
-    shown = np.isfinite(xy).all(axis=2) & (visible | (np.arange(len(frames)) >= asked[:, None]))
-    limit = 4.0 * zoom * max(frames.shape[1:3])  # far outside; OpenCV takes 32-bit integers only
-    xy = np.clip(np.nan_to_num(xy * zoom), -limit, limit)
-    drawn = np.empty((len(frames), zoom * frames.shape[1], zoom * frames.shape[2], 3), np.uint8)
+    shown = np.isfinite(xy).all(axis=2) & (visible | (np.arange(T) >= asked[:, None]))
+    xy = np.nan_to_num(xy * zoom)
+    count = 0
     for t, frame in enumerate(frames):
-        drawn[t] = _enlarged(frame, zoom)
-        _draw_trails(drawn[t], xy, visible & shown, t, trail, size, colours)
+        if t == T:
+            raise ValueError(f"the video has more frames than the tracks, {T}")
+        size = radius if radius is not None else max(2.0, 0.013 * zoom * min(frame.shape[:2]))
+        limit = 4.0 * zoom * max(frame.shape[:2])  # far outside; OpenCV takes 32-bit integers only
+        if t == 0:
+            xy = np.clip(xy, -limit, limit)
+        picture = _enlarged(frame, zoom)
+        picture = picture.copy() if picture is frame else picture
+        _draw_trails(picture, xy, visible & shown, t, trail, size, colours)
         if truth is not None:
-            _draw_errors(drawn[t], xy[:, t], truth[0][:, t] * zoom, shown[:, t] & truth[1][:, t], limit)
-        for point in np.flatnonzero(shown[:, t]):
-            _draw_dot(drawn[t], xy[point, t], size, colours[point], bool(visible[point, t]))
-    return drawn
+            _draw_errors(picture, xy[:, t], truth[0][:, t] * zoom, shown[:, t] & truth[1][:, t], limit)
+        for point in np.flatnonzero(shown[:, t]).tolist():
+            _draw_dot(picture, xy[point, t], size, colours[point], bool(visible[point, t]))
+        count += 1
+        yield picture
+    if count != T:
+        raise ValueError(f"the video has {count} frames, the tracks {T}")
 
 
 def save_overlay(
@@ -142,8 +188,13 @@ def rainbow(queries: Tensor) -> list[Colour]:
     x, y = queries[:, 1].cpu().numpy(), queries[:, 2].cpu().numpy()
     rank = np.empty(len(y), int)
     rank[np.lexsort((x, y))] = np.arange(len(y))
-    hues = HUE_RANGE * rank / max(len(y) - 1, 1)
-    return [_rgb(float(hue)) for hue in hues]
+    colours = spectrum(len(y))
+    return [colours[place] for place in rank]
+
+
+def spectrum(count: int) -> list[Colour]:
+    """``count`` RGB colours of the rainbow, evenly spread from red to violet."""
+    return [_rgb(HUE_RANGE * place / max(count - 1, 1)) for place in range(count)]
 
 
 def _rgb(hue: float) -> Colour:
@@ -181,7 +232,7 @@ def _draw_trails(
     t: int,
     trail: int,
     radius: float,
-    colours: list[Colour],
+    colours: Sequence[Colour],
 ) -> None:
     """Lines through the frames before ``t`` where a point is visible, fading with age. Changes ``image``."""
     if trail == 0 or t == 0:
@@ -190,7 +241,7 @@ def _draw_trails(
     thickness = max(1, round(0.6 * radius))
     for before in range(max(0, t - trail), t):
         strength = round(255 * (1 - (t - before - 1) / trail))
-        for point in np.flatnonzero(visible[:, before] & visible[:, before + 1]):
+        for point in np.flatnonzero(visible[:, before] & visible[:, before + 1]).tolist():
             ends = _fixed(xy[point, before]), _fixed(xy[point, before + 1])
             cv2.line(lines, *ends, colours[point], thickness, cv2.LINE_AA, SUBPIXEL_BITS)
             cv2.line(opacity, *ends, (strength,), thickness, cv2.LINE_AA, SUBPIXEL_BITS)
