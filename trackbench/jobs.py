@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -53,8 +53,8 @@ def run_jobs(
 ) -> Iterator[Outcome[Item, Result]]:
     """Call ``work`` on every item, in the order in which they finish; a progress bar goes to standard error.
 
-    Bad input (ValueError, OSError) fails its item alone, as does a killed process; other errors are defects
-    and end the run.
+    Bad input (ValueError, OSError) fails its item alone, as does a killed process (items that were begun beside it
+    are begun again); other errors are defects and end the run.
 
     Args:
         work: a function of a module, or a ``functools.partial`` of one: it goes to other processes.
@@ -73,6 +73,18 @@ def run_jobs(
             if total is None:
                 progress.advance(task)
             yield outcome
+
+
+def collect(outcomes: Iterable[Outcome[Any, Result]], console: Console) -> tuple[list[Result], int]:
+    """What was done, and how many items failed; each failure is a line on ``console`` as soon as it happens."""
+    done, failed = [], 0
+    for outcome in outcomes:
+        if outcome.result is None:
+            failed += 1
+            console.print(f"{outcome.item}: {outcome.error}", markup=False)
+        else:
+            done.append(outcome.result)
+    return done, failed
 
 
 def advance(n: int = 1) -> None:
@@ -108,11 +120,30 @@ def _outcomes(
                 outcome = _outcome(item, lambda item=item: work(item))  # type: ignore[misc]
             yield outcome
         return
+    remaining = list(items)
+    while remaining:
+        left = yield from _pool(work, remaining, min(workers, len(remaining)), count)
+        # a process was killed, which breaks its pool: it was at one of the first of those left; they go on alone
+        suspects, remaining = left[:workers], left[workers:]
+        for item in suspects:
+            if (yield from _pool(work, [item], 1, count)):
+                yield Outcome(item, None, "its process was killed (out of memory, or by damaged data?)")
+
+
+def _pool(
+    work: Callable[[Item], Result], items: Sequence[Item], workers: int, count: Callable[[int], None]
+) -> Generator[Outcome[Item, Result], None, list[Item]]:
+    """Yield outcomes; return the items, in their order, that have none because a process was killed."""
     context = multiprocessing.get_context("spawn")  # forks of a process with threads can hang
     done, seen = context.Value("q", 0), 0
-    workers = min(workers, len(items))
+    left: list[int] = []
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_report_to, initargs=(done,)) as pool:
-        futures: dict[Future[Result], Item] = {pool.submit(work, item): item for item in items}
+        futures: dict[Future[Result], int] = {}
+        for number, item in enumerate(items):
+            try:
+                futures[pool.submit(work, item)] = number
+            except BrokenProcessPool:
+                left.append(number)
         remaining = set(futures)
         try:
             while remaining:
@@ -120,9 +151,13 @@ def _outcomes(
                 seen, before = done.value, seen
                 count(seen - before)
                 for future in finished:
-                    yield _outcome(futures[future], future.result)
+                    if isinstance(future.exception(), BrokenProcessPool):
+                        left.append(futures[future])
+                    else:
+                        yield _outcome(items[futures[future]], future.result)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+    return [items[number] for number in sorted(left)]
 
 
 @contextmanager
@@ -158,7 +193,5 @@ def _end_with_parent() -> None:
 def _outcome(item: Item, result: Callable[[], Result]) -> Outcome[Item, Result]:
     try:
         return Outcome(item, result(), None)
-    except BrokenProcessPool:
-        return Outcome(item, None, "its process was killed (out of memory?)")
     except (ValueError, OSError) as error:
         return Outcome(item, None, " ".join(str(error).split()) or type(error).__name__)

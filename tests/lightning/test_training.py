@@ -263,7 +263,12 @@ def test_two_processes_train_and_validate_every_video_once(tmp_path: Path) -> No
     output = tmp_path / "run"
     ddp = [item for item in SMALL if not item.startswith("trainer.devices")]
     command = [sys.executable, str(ROOT / "train.py"), *ddp, "data.val_videos=3", "trainer.devices=2"]
-    command += ["trainer.strategy=ddp", "trainer.max_steps=2", "trainer.val_check_interval=2"]
+    command += [
+        "trainer.strategy=ddp",
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+        "data.num_workers=1",
+    ]
     command += [f"hydra.run.dir={output}"]
     result = subprocess.run(command, cwd=tmp_path, timeout=300, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -141,6 +141,20 @@ def test_series_without_images_and_other_datasets_are_left_out(tmp_path: Path) -
         assert_all_frames(episode)
 
 
+def test_steps_below_groups_are_found_beside_other_numbered_groups(tmp_path: Path) -> None:
+    path = write_episode(tmp_path / "a.h5", name="data/step_{}")
+    with h5py.File(path, "r+") as file:
+        file["note_0/text"] = "x"
+        file["data/step_0"].attrs["fps"] = file["note_0"].attrs["fps"] = 12
+    with EpisodeFile(path) as episode:
+        assert (episode.steps[5], episode.fps) == ("data/step_5", 12.0)
+        assert_all_frames(episode)
+    with h5py.File(path, "r+") as file:
+        del file["data"]
+    with pytest.raises(ValueError, match="note_0: no dataset looks like RGB images; found text object"):
+        EpisodeFile(path)
+
+
 def test_several_candidates_are_refused(tmp_path: Path) -> None:
     path = write_episode(tmp_path / "a.h5", key="front")
     with h5py.File(path, "r+") as file:

@@ -387,7 +387,7 @@ def _run_attach(options: argparse.Namespace) -> int:
     workspace = Workspace(options.root)
     if not workspace.episodes():
         raise ValueError(f"{options.root}: no extracted episodes; run `trackbench h5 extract` first")
-    done, failed = _collect(
+    done, failed = jobs.collect(
         attach(options.source, workspace, to=options.to, workers=options.workers, console=console), console
     )
     count = Counter(result.state for result in done)
@@ -403,17 +403,6 @@ def _run_attach(options: argparse.Namespace) -> int:
 def _run_verify(options: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     outcomes = verify(options.folder, options.against, workers=options.workers, console=console)
-    done, failed = _collect(outcomes, console)
+    done, failed = jobs.collect(outcomes, console)
     console.print(f"{len(done)} files are as they were written, {failed} are not", markup=False)
     return 1 if failed else 0
-
-
-def _collect(outcomes: Iterator[jobs.Outcome[str, Attached]], console: Console) -> tuple[list[Attached], int]:
-    done, failed = [], 0
-    for outcome in outcomes:
-        if outcome.result is None:
-            failed += 1
-            console.print(f"{outcome.item}: {outcome.error}", markup=False)
-        else:
-            done.append(outcome.result)
-    return done, failed

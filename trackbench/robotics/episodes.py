@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -264,19 +264,21 @@ class EpisodeFile:
             self.steps = self._in_order(series)
             self.image_key = self._find_image(self.steps[0])
             return
-        candidates = [(self._file, "")]
-        candidates += [(item, name) for name, item in _members(self._file) if _is_group(item)]
-        for depth in (candidates[:1], candidates[1:]):
-            every = [series for group, above in depth for series in _all_series(group, above)]
-            if len(every) > 1:
-                every = [series for series in every if self._holds_images(series)]
-            if len(every) > 1:
-                told = " and ".join(f"{series[min(series)]}..." for series in every[:2])
+        without: list[dict[int, str]] = []
+        for depth in (0, 1):
+            groups = [("", self._file)] if depth == 0 else list(_members(self._file))
+            every = [series for above, group in groups if _is_group(group) for series in _all_series(group, above)]
+            holding = [series for series in every if self._holds_images(series)]
+            if len(holding) > 1:
+                told = " and ".join(f"{series[min(series)]}..." for series in holding[:2])
                 raise ValueError(f"several series of steps hold images, {told}; set step_pattern")
-            if every:
-                self.steps = self._in_order(every[0])
+            if holding:
+                self.steps = self._in_order(holding[0])
                 self.image_key = self._find_image(self.steps[0])
                 return
+            without += every
+        if without:
+            self._find_image(without[0][min(without[0])])  # says what it has instead
         raise ValueError(f"no numbered groups of steps, such as step_0; found {_listed(self._file)}")
 
     def _holds_images(self, series: dict[int, str]) -> bool:
@@ -324,9 +326,7 @@ class EpisodeFile:
     def _check_images(self) -> None:
         """All steps hold images of one shape and type; what is said of fps on the way is kept."""
         places = [("/", self._file)]
-        places += [
-            (name, item) for name, item in _members(self._file) if _is_group(item) and name not in self.steps
-        ]
+        places += [(name, item) for name, item in _members(self._file, set(self.steps)) if _is_group(item)]
         self._fps_attributes = [(name, item.attrs["fps"]) for name, item in places if "fps" in item.attrs]
         above, _, last = self.image_key.rpartition("/")
         shape = None
@@ -461,36 +461,36 @@ def member(group: Any, name: str) -> Any:
         ValueError: an external link is on the way, or soft links go in a circle.
     """
     h5py = import_h5py()
-    place, followed = group.id, 0  # low-level ids, as episodes have thousands of members
-    parts = [part for part in name.encode("utf-8", "surrogateescape").split(b"/")[::-1] if part not in (b"", b".")]
+    parts, item, followed = name.split("/")[::-1], group, 0
     while parts:
         part = parts.pop()
-        if not isinstance(place, h5py.h5g.GroupID) or not place.links.exists(part):
+        if part in ("", "."):
+            continue
+        if not _is_group(item):
             return None
-        kind = place.links.get_info(part).type
+        links, encoded = item.id.links, part.encode("utf-8", "surrogateescape")
+        if not links.exists(encoded):
+            return None
+        kind = links.get_info(encoded).type
         if kind == h5py.h5l.TYPE_HARD:
-            place = h5py.h5o.open(place, part)
+            item = item[part]
         elif kind == h5py.h5l.TYPE_SOFT:
             followed += 1
             if followed > 32:
                 raise ValueError(f"{name}: links go in a circle")
-            path = place.links.get_val(part)
-            parts += [part for part in path.split(b"/")[::-1] if part not in (b"", b".")]
-            place = h5py.h5i.get_file_id(place) if path.startswith(b"/") else place
+            path = item.get(part, getlink=True).path
+            parts += path.split("/")[::-1]
+            item = item.file if path.startswith("/") else item
         else:
-            where = h5py.h5i.get_name(place).decode(errors="replace").rstrip("/")
-            told = part.decode(errors="replace")
-            raise ValueError(f"{where}/{told} is a link to another file, which is not followed")
-    if isinstance(place, h5py.h5d.DatasetID):
-        return h5py.Dataset(place)
-    return h5py.Group(place) if isinstance(place, h5py.h5g.GroupID) else h5py.Datatype(place)
+            raise ValueError(f"{item.name.rstrip('/')}/{part} is a link to another file, which is not followed")
+    return item
 
 
-def _members(group: Any) -> Iterator[tuple[str, Any]]:
+def _members(group: Any, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
     """What hard and soft links of a group lead to, with their names; links to other files are left out."""
     h5py = import_h5py()
     for name in group:
-        if not isinstance(group.get(name, getlink=True), h5py.ExternalLink):
+        if name not in leave_out and not isinstance(group.get(name, getlink=True), h5py.ExternalLink):
             item = member(group, name)
             if item is not None:
                 yield name, item

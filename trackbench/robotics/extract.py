@@ -330,13 +330,7 @@ def _run(options: argparse.Namespace) -> int:
         workers=options.workers,
         console=console,
     )
-    failed, done = 0, []
-    for outcome in outcomes:
-        if outcome.result is None:
-            failed += 1
-            console.print(f"{outcome.item}: {outcome.error}", markup=False)
-        else:
-            done.append(outcome.result)
+    done, failed = jobs.collect(outcomes, console)
     fresh = sum(result.fresh for result in done)
     console.print(f"{fresh} episodes extracted, {len(done) - fresh} were there, {failed} failed", markup=False)
     return 1 if failed else 0

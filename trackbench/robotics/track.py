@@ -27,6 +27,7 @@ import trackbench
 from trackbench import jobs
 from trackbench.files import inside, remove_unfinished, sha256, written_whole
 from trackbench.robotics.episodes import EpisodeFile, EpisodeSettings, fingerprint
+from trackbench.robotics.extract import VideoEncoder
 from trackbench.robotics.follow import CLIP_FRAMES, FrameSource, follow, stretches
 from trackbench.robotics.keypoints import Keypoints, read_annotation
 from trackbench.robotics.quality import PointQuality, episode_score, rate_points
@@ -425,13 +426,7 @@ def _run(options: argparse.Namespace) -> int:
         episodes=options.episodes,
         console=console,
     )
-    failed, done = 0, []
-    for outcome in outcomes:
-        if outcome.result is None:
-            failed += 1
-            console.print(f"{outcome.item}: {outcome.error}", markup=False)
-        else:
-            done.append(outcome.result)
+    done, failed = jobs.collect(outcomes, console)
     fresh = sum(bool(result.tracked) for result in done)
     console.print(f"{fresh} episodes tracked, {len(done) - fresh} were there, {failed} failed", markup=False)
     if done:
@@ -650,7 +645,7 @@ def _write_overlay(
     total: int,
     progress: Progress | None,
 ) -> None:
-    from trackbench.data.video_io import VideoReader, write_video
+    from trackbench.data.video_io import VideoReader
     from trackbench.visualization import overlay_frames, spectrum
 
     def frames() -> Iterator[NDArray[np.uint8]]:
@@ -660,13 +655,14 @@ def _write_overlay(
             if progress is not None:
                 progress(offset + t, total)
 
-    path = workspace.file(info.episode, camera, "overlay")
-    try:
-        # by the order of names: a keypoint has the same colour in all cameras
-        drawn = overlay_frames(frames(), tracks.drawable(), colours=spectrum(len(tracks.names)))
-        write_video(path, drawn, info.fps)
-    except RuntimeError as error:  # ffmpeg's, such as a full disk
-        raise OSError(str(error)) from error
+    # by the order of names: a keypoint has the same colour in all cameras
+    drawn = overlay_frames(frames(), tracks.drawable(), colours=spectrum(len(tracks.names)))
+    with (
+        written_whole(workspace.file(info.episode, camera, "overlay")) as unfinished,
+        VideoEncoder(unfinished, info.height, info.width, info.fps, planar=False) as encoder,
+    ):
+        for frame in drawn:
+            encoder.write(frame)
 
 
 def _step_pattern(steps: Sequence[str]) -> str | None:
