@@ -106,7 +106,7 @@ def run(commands: list[list[str]], at_once: int) -> Run:
     with sampled(peak), ThreadPoolExecutor(at_once) as pool:
         for done in pool.map(lambda command: subprocess.run(command, capture_output=True, check=False), commands):
             if done.returncode:
-                raise SystemExit(done.stderr.decode())
+                raise SystemExit(f"status {done.returncode}: {done.stderr.decode()}")
     wall, after = time.perf_counter() - start, os.times()
     cpu = sum(getattr(after, key) - getattr(before, key) for key in ("children_user", "children_system"))
     mine = cpu + after.user - before.user + after.system - before.system

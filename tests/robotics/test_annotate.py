@@ -95,6 +95,9 @@ def test_replaced_annotations_are_kept(folder: Folder, tmp_path: Path) -> None:
     moved = Keypoints(truth(folder, "episode_0", 0).names, truth(folder, "episode_0", 0).xy + 1)
     labelme_file(tmp_path / "in" / "episode_0_cam0.json", moved)
     old = folder.workspace.file("episode_0", 0, "annotation").read_bytes()
+    (outcome,) = import_annotations(tmp_path / "in", folder.workspace, keep=True)
+    assert outcome.error is None
+    assert folder.workspace.file("episode_0", 0, "annotation").read_bytes() == old
     (outcome,) = import_annotations(tmp_path / "in", folder.workspace, overwrite=True)
     assert outcome.error is None
     assert annotation(folder, "episode_0", 0).digest == moved.digest

@@ -86,7 +86,7 @@ def states(workspace: Workspace, episodes: Sequence[str] | None = None) -> Itera
 
 
 def import_annotations(
-    folder: Path, workspace: Workspace, *, overwrite: bool = False
+    folder: Path, workspace: Workspace, *, overwrite: bool = False, keep: bool = False
 ) -> Iterator[Outcome[str, tuple[str, int]]]:
     """Check labelme's files and put them in their places.
 
@@ -97,6 +97,8 @@ def import_annotations(
         folder: the files, also in folders below.
         workspace: the work folder.
         overwrite: replace annotations that differ; the old ones go to the history.
+        keep: leave annotations that are there as they are, such as those corrected since; without either, one
+            that differs is an error.
 
     Yields:
         What became of each file, with the episode and camera that it is for.
@@ -119,6 +121,9 @@ def import_annotations(
                     "belongs to no extracted episode; expected EPISODE/cam0.json or EPISODE_cam0.json"
                 )
             info, camera = places[name]
+            if keep and workspace.file(info.episode, camera, "annotation").exists():
+                yield Outcome(name, (info.episode, camera), None)
+                continue
             path = folder / name
             keypoints = reference.check(
                 read_annotation(path, info.height, info.width, info.num_frames), camera, path

@@ -245,7 +245,7 @@ class _Chain:
         options, workspace = self.config.annotate, self.workspace
         before = len(self._waiting())
         if options.labelme is not None:
-            self._failures(result, annotate.import_annotations(Path(options.labelme), workspace))
+            self._failures(result, annotate.import_annotations(Path(options.labelme), workspace, keep=True))
         if options.template is not None:
             proposed = annotate.propose(
                 workspace,
