@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= outputs/demo
+JOBS ?= 2
 
 .PHONY: help env demo test lint format clean
 
@@ -19,8 +20,9 @@ env: .venv/.installed  ## make .venv with everything the targets need
 demo: env  ## train three tiny trackers, compare them with the baselines, write a report
 	$(BIN)/trackbench demo --output $(DEMO)
 
-test: env  ## run the tests
-	$(BIN)/python -m pytest
+# one thread each: two processes with threads of their own wait for each other
+test: env  ## run the tests, JOBS of them at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: env  ## check style, formatting and types
 	$(BIN)/ruff check .
