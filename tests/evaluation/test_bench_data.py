@@ -7,7 +7,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -21,6 +21,7 @@ import torch
 from folder_fakes import write_sequences
 from torch.utils.data import DataLoader
 
+from tests.evaluation.test_bench import Ticks
 from trackbench.cli import main
 from trackbench.composition import configs_dir
 from trackbench.evaluation.bench_common import in_own_process
@@ -39,7 +40,7 @@ from trackbench.evaluation.bench_data import (
     train_loader,
 )
 from trackbench.evaluation.memory import MIB, peak_memory_of_all, proportional_bytes
-from trackbench.evaluation.parts import REST, Breakdown, Function, WallClock
+from trackbench.evaluation.parts import REST, Breakdown, Function
 
 MAKE = Path(__file__).resolve().parents[2] / "experiments" / "data_speed" / "make_miniature.py"
 QUICK = {"samples": 6, "repeats": 2, "warmup": 1, "isolate": False}
@@ -85,20 +86,6 @@ def test_a_name_that_is_gone_is_said() -> None:
         Function("read", "trackbench.data.clip:nonesuch").calls(None)
     with pytest.raises(ImportError, match="nonesuch"):
         Function("read", "trackbench.data.nonesuch:Clip").calls(None)
-
-
-class Ticks:
-    """A clock that is one second later at each reading."""
-
-    def __init__(self) -> None:
-        self.now = 0
-
-    def read(self) -> int:
-        self.now += 1
-        return self.now
-
-    def differences(self, readings: Sequence[int]) -> list[float]:
-        return WallClock().differences(readings)
 
 
 class Reader:
